@@ -1,0 +1,226 @@
+"""The Network: a model as a graph of ATen operators over named tensors, with the structure of its inputs and outputs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import ArtifactError
+from ..structure import Structure, as_call, looks_like_tensor, select, unflatten
+
+# Operators that behave differently in training: name -> position of their flag.
+TRAINING_FLAGS = {"aten.batch_norm.default": 5, "aten.dropout.default": 2, "aten.feature_dropout.default": 2, "aten.instance_norm.default": 5}
+
+
+@dataclass(frozen=True)
+class Port:
+    """One tensor input: its name, its dtype, its dimensions (a number where fixed, a symbol such as ``batch`` where any size goes), and the
+    sizes of the example it was captured with."""
+
+    name: str
+    dtype: torch.dtype
+    dims: tuple[int | str, ...]
+    example: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.dims))}]"
+
+
+@dataclass(eq=False)
+class Network:
+    """A captured model.
+
+    ``graph_module`` takes the input tensors flat and returns the output tensors flat; ``inputs`` and ``outputs`` are the structures
+    (see ``structure.py``) that the original model takes and gives. Every node carries ``meta["module"]`` (the user's module path) and
+    ``meta["source"]`` (the user's source line). Edits replace tensors and never write into them, so a fork may share them.
+
+    >>> network = capture(model, (x,))          # x: [2, 3, 32, 32]
+    >>> network(x).shape                         # as the model
+    torch.Size([2, 10])
+    """
+
+    graph_module: fx.GraphModule
+    inputs: Structure
+    outputs: Structure
+    ports: tuple[Port, ...]
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph; edit it through ``network.rewrite`` and call :meth:`recompile` after."""
+        return self.graph_module.graph
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it as the original model is run; outputs come in the original structure (a ModelOutput as a dict).
+
+        Raises:
+            ArtifactError: the inputs differ in structure, rank, dtype or a fixed dimension from what was captured.
+        """
+        leaves = self.leaves((args, kwargs))
+        return unflatten(self.outputs, list(self.graph_module(*leaves)))
+
+    def predict(self, inputs: Any) -> Any:
+        """Run it on the inputs of a batch (a tensor, tuple or dict), without gradients."""
+        args, kwargs = as_call(inputs)
+        with torch.no_grad():
+            return self(*args, **kwargs)
+
+    def flat(self, inputs: Any) -> list[Tensor]:
+        """The input tensors of a batch, in the graph's order, checked against the ports."""
+        return self.leaves(as_call(inputs))
+
+    def leaves(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
+        """The tensors of ``(args, kwargs)`` in the graph's order, checked against the ports."""
+        found = select(self.inputs, [call[0], call[1]])
+        leaves = [leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf) for leaf in found]
+        for leaf, port in zip(leaves, self.ports, strict=True):
+            fits = leaf.dim() == len(port.dims) and all(isinstance(d, str) or d == size for d, size in zip(port.dims, leaf.shape, strict=True))
+            if not fits or leaf.dtype != port.dtype:
+                came = f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+                raise ArtifactError(f"Input {port.name} is {came}; the network takes {port}.")
+        return leaves
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor the graph reads, under the user's names, parameters and buffers alike; a shared tensor once per name."""
+        seen: set[str] = set()
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and node.target not in seen:
+                seen.add(node.target)
+                yield node.target, self.tensor(node.target)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The trainable tensors, each once."""
+        return self.graph_module.parameters()
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of that name. Raises AttributeError if there is none."""
+        path, _, leaf = name.rpartition(".")
+        return getattr(self.graph_module.get_submodule(path), leaf)
+
+    def train(self) -> Network:
+        """Switch batch norm and dropout to training, in place; running statistics then move. Returns itself."""
+        return self._flip(training=True)
+
+    def eval(self) -> Network:
+        """Switch back to how the model was captured, in place. Returns itself."""
+        return self._flip(training=False)
+
+    def _flip(self, training: bool) -> Network:
+        for node in self.graph.nodes:
+            position = TRAINING_FLAGS.get(str(node.target))
+            if node.op == "call_function" and position is not None and len(node.args) > position:
+                # A layer captured as training (Monte-Carlo dropout) stays so.
+                captured = node.meta.setdefault("captured_flag", node.args[position])
+                node.update_arg(position, True if training else captured)
+        self.recompile()
+        return self
+
+    def fork(self) -> Network:
+        """A network with its own graph that shares the tensors: edits of one do not show in the other, training does."""
+        root = torch.nn.Module()
+        for name, tensor in self.named_tensors():
+            assign(root, name, tensor)
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(self.graph, mapping)
+        graph.output(output)
+        for old, new in mapping.items():
+            new.meta = dict(old.meta)
+        return replace(self, graph_module=fx.GraphModule(root, graph), origin=dict(self.origin))
+
+    def copy(self) -> Network:
+        """A network that shares nothing with this one; a tensor with two names keeps both."""
+        made = self.fork()
+        clones: dict[int, Tensor] = {}
+        for name, tensor in list(made.named_tensors()):
+            if id(tensor) not in clones:
+                clone = tensor.detach().clone()
+                clones[id(tensor)] = torch.nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else clone
+            assign(made.graph_module, name, clones[id(tensor)])
+        return made
+
+    def recompile(self) -> None:
+        """Check the edited graph, drop what nothing reads, and make it callable again."""
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        self.graph_module.recompile()
+
+    def save(self, path: str | Path) -> None:
+        """Write it as one safetensors file (JSON graph in its header; no pickle), whole or not at all. See ``network/file.py``."""
+        from .file import save
+
+        save(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> Network:
+        """Read what :meth:`save` wrote. Raises NetworkFileError when it is damaged, forged or from another version."""
+        from .file import load
+
+        return load(Path(path))
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the graph and every tensor: equal for a network and its saved and loaded copy."""
+        from .file import describe
+
+        graph, tensors = describe(self)
+        digest = hashlib.sha256(graph.encode())
+        for name in sorted(tensors):
+            digest.update(name.encode())
+            digest.update(tensors[name].detach().contiguous().view(torch.uint8).numpy() if tensors[name].numel() else b"")
+        return digest.hexdigest()
+
+
+def assign(root: torch.nn.Module, name: str, tensor: Tensor) -> None:
+    """Put ``tensor`` at the dotted ``name`` under ``root``, making the modules between: a parameter stays one, the rest are buffers."""
+    path, _, leaf = name.rpartition(".")
+    module = root
+    for part in path.split(".") if path else []:
+        if part not in module._modules:
+            module.add_module(part, torch.nn.Module())
+        module = module.get_submodule(part)
+    for table in (module._parameters, module._buffers):
+        table.pop(leaf, None)
+    module.__dict__.pop(leaf, None)
+    if isinstance(tensor, torch.nn.Parameter):
+        module.register_parameter(leaf, tensor)
+    else:
+        module.register_buffer(leaf, tensor)
+
+
+def batch_of(inputs: Any, rows: list[int] | Tensor) -> Any:
+    """The inputs made of those samples of a batch: every tensor whose first dimension is the batch is indexed, the rest is kept.
+
+    ``batch_of(x, [0, 1, 0])`` with ``x`` of [2, 3] gives [3, 3].
+    """
+    tensors = [leaf for leaf in _tensors(inputs) if leaf.dim()]
+    size = tensors[0].shape[0] if tensors else 0
+    index = torch.as_tensor(rows)
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[index] if value.dim() and value.shape[0] == size else value
+        if isinstance(value, dict):
+            return {key: pick(item) for key, item in value.items()}
+        return type(value)(pick(item) for item in value) if isinstance(value, (tuple, list)) else copy.copy(value)
+
+    return pick(inputs)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from _tensors(item)
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _tensors(item)
+    elif looks_like_tensor(tree):
+        yield torch.as_tensor(tree)

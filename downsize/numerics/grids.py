@@ -1,0 +1,130 @@
+"""Quantization grids: ranges, scales and codes, and the fake-quantization operator that carries them in a graph.
+
+An affine grid maps a real ``x`` to an integer code ``q = clamp(round(x / scale) + zero_point, low, high)`` and back to
+``scale * (q - zero_point)`` (Jacob et al. 2018, arXiv 1712.05877). Rounding is half to even, as in ONNX QuantizeLinear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+# Scales below this would make x / scale overflow; a tensor of zeros gets it, which is exact.
+SMALLEST_SCALE = 1e-12
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A range of integer codes: ``Grid(0, 255)`` is uint8, ``Grid(-127, 127)`` narrow int8 (symmetric around zero)."""
+
+    low: int
+    high: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The integer type that holds the codes."""
+        return torch.uint8 if self.low >= 0 else torch.int8
+
+
+UINT8 = Grid(0, 255)
+INT8 = Grid(-128, 127)
+SYMMETRIC_INT8 = Grid(-127, 127)
+
+
+def affine(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the asymmetric grid that covers [low, high] and holds zero exactly (padding must stay zero).
+
+    Args: ``low``, ``high``: any equal shape. Returns: ``scale`` float32 and ``zero_point`` int32 of that shape.
+    """
+    low, high = torch.clamp(low, max=0.0).double(), torch.clamp(high, min=0.0).double()
+    scale = ((high - low) / (grid.high - grid.low)).clamp(min=SMALLEST_SCALE)
+    zero_point = (grid.low - low / scale).round().clamp(grid.low, grid.high)
+    return scale.float(), zero_point.int()
+
+
+def symmetric(extreme: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the symmetric grid that covers [-extreme, extreme].
+
+    A row of zeros takes the largest scale of the others: any scale is exact for it, and a tiny one would overflow the integer bias
+    that has the scale ``input scale * weight scale``.
+    """
+    scale = extreme.double() / grid.high
+    fallback = scale.max() if scale.numel() and float(scale.max()) > 0 else torch.tensor(1.0, dtype=torch.float64)
+    scale = torch.where(scale > fallback * 1e-7, scale, fallback)
+    return scale.float(), torch.zeros_like(scale, dtype=torch.int32)
+
+
+def _per_axis(values: Tensor, axis: Optional[int], rank: int) -> Tensor:
+    """Reshape a vector so that it broadcasts along ``axis`` of a tensor of that rank."""
+    if axis is None:
+        return values
+    shape = [1] * rank
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def codes(x: Tensor, scale: Tensor, zero_point: Tensor, axis: Optional[int], grid: Grid) -> Tensor:
+    """Integer codes of ``x``: same shape, dtype ``grid.dtype``. ``scale`` and ``zero_point`` are scalars, or vectors along ``axis``."""
+    s, z = _per_axis(scale, axis, x.dim()), _per_axis(zero_point, axis, x.dim())
+    return (torch.round(x / s) + z).clamp_(grid.low, grid.high).to(grid.dtype)
+
+
+def values(q: Tensor, scale: Tensor, zero_point: Tensor, axis: Optional[int]) -> Tensor:
+    """Real values of integer codes: ``scale * (q - zero_point)``, float32, same shape."""
+    s, z = _per_axis(scale, axis, q.dim()), _per_axis(zero_point, axis, q.dim())
+    return (q.to(torch.int32) - z).float() * s
+
+
+@torch.library.custom_op("downsize::fake_quantize", mutates_args=())
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: Optional[int], low: int, high: int) -> Tensor:
+    """Round ``x`` to the grid and back, in float: what an integer runtime computes, in a graph that can still be trained.
+
+    Gradient: straight through for ``x`` inside the range, and the learned step size for ``scale``
+    (Esser et al. 2020, arXiv 1902.08153, without its gradient scaling).
+    """
+    s, z = _per_axis(scale, axis, x.dim()), _per_axis(zero_point, axis, x.dim())
+    return (torch.round(x / s).add_(z).clamp_(low, high).sub_(z)).mul_(s)
+
+
+@fake_quantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: Optional[int], low: int, high: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save(ctx, inputs, output) -> None:  # noqa: ANN001  (torch's calling convention)
+    x, scale, zero_point, ctx.axis, ctx.low, ctx.high = inputs
+    ctx.save_for_backward(x, scale, zero_point)
+
+
+def _gradient(ctx, grad: Tensor):  # noqa: ANN001
+    x, scale, zero_point = ctx.saved_tensors
+    s, z = _per_axis(scale, ctx.axis, x.dim()), _per_axis(zero_point, ctx.axis, x.dim())
+    rounded = torch.round(x / s) + z
+    inside = (rounded >= ctx.low) & (rounded <= ctx.high)
+    to_scale = grad * (rounded.clamp(ctx.low, ctx.high) - z - torch.where(inside, x / s, 0.0))
+    if ctx.axis is None:
+        to_scale = to_scale.sum().reshape(scale.shape)
+    else:
+        to_scale = to_scale.transpose(0, ctx.axis).flatten(1).sum(1) if x.dim() > 1 else to_scale
+    return grad * inside, to_scale, None, None, None, None
+
+
+fake_quantize.register_autograd(_gradient, setup_context=_save)
+
+
+@torch.library.custom_op("downsize::fake_quantize_dynamic", mutates_args=())
+def fake_quantize_dynamic(x: Tensor) -> Tensor:
+    """Fake-quantize to uint8 with the range of this very tensor, as ONNX DynamicQuantizeLinear does: one scale for the whole tensor."""
+    scale, zero_point = affine(x.amin(), x.amax(), UINT8)
+    return (torch.round(x / scale).add_(zero_point).clamp_(0, 255).sub_(zero_point)).mul_(scale)
+
+
+@fake_quantize_dynamic.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+fake_quantize_dynamic.register_autograd(lambda ctx, grad: grad, setup_context=lambda ctx, inputs, output: None)
