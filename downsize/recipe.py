@@ -1,0 +1,97 @@
+"""A recipe: techniques in the order they are applied, with one spelling in Python, text and YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from . import spec
+from .errors import SpecError, nearest
+
+if TYPE_CHECKING:
+    from .network.network import Network
+    from .task import Task
+
+
+class Technique(Protocol):
+    """What a technique is: a frozen dataclass that turns a network into a network. It does not change the one it is given."""
+
+    def __call__(self, network: Network, task: Task) -> Network:
+        """The changed network."""
+        ...
+
+
+Techniques = Mapping[str, type[Any]]
+
+
+def _shipped() -> Techniques:
+    from .techniques import TECHNIQUES  # they need torch; a recipe over another table does not
+
+    return TECHNIQUES
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Techniques in order. ``techniques`` maps words to classes; the default is downsize's own table.
+
+    ``Recipe.parse(str(recipe)) == recipe == Recipe.from_yaml(recipe.to_yaml())``. A recipe without steps leaves the model as it is.
+
+    Raises:
+        SpecError: a step is not an instance of a class of the table.
+    """
+
+    steps: tuple[Technique, ...]
+    techniques: Techniques = field(default_factory=_shipped, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", tuple(self.steps))
+        self._calls()
+
+    @classmethod
+    def parse(cls, text: str, techniques: Techniques | None = None) -> Recipe:
+        """The recipe that ``text`` spells, e.g. ``"prune(macs=0.5) | quantize()"``.
+
+        Raises:
+            SpecError: the text cannot be read, or a word, field or value is not known; the nearest is named.
+        """
+        return cls._of(spec.parse(text), techniques)
+
+    @classmethod
+    def from_yaml(cls, text: str, techniques: Techniques | None = None) -> Recipe:
+        """The recipe of a YAML list such as ``- prune: {macs: 0.5}``.
+
+        Raises:
+            SpecError: the YAML cannot be read, or a word, field or value is not known; the nearest is named.
+        """
+        return cls._of(spec.from_yaml(text), techniques)
+
+    @classmethod
+    def _of(cls, calls: Sequence[spec.Call], techniques: Techniques | None) -> Recipe:
+        known = _shipped() if techniques is None else techniques
+        for call in calls:
+            if call.word not in known:
+                raise SpecError(f"there is no technique {call.word!r}; {nearest(call.word, known)}")
+        return cls(tuple(spec.build(known[call.word], call.fields, call.word) for call in calls), known)
+
+    def to_yaml(self) -> str:
+        """The YAML of the recipe; fields at their defaults are left out."""
+        return spec.to_yaml(self._calls())
+
+    def _calls(self) -> list[spec.Call]:
+        return [spec.Call(self._word(step), spec.fields_of(step)) for step in self.steps]
+
+    def _word(self, step: Technique) -> str:
+        for word, technique in self.techniques.items():
+            if type(step) is technique:
+                return word
+        raise SpecError(f"{step!r} is not an instance of a technique of the table; known: {', '.join(sorted(self.techniques))}.")
+
+    def __str__(self) -> str:
+        return spec.spell(self._calls())
+
+    def __iter__(self) -> Iterator[Technique]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
