@@ -145,8 +145,8 @@ class Outcome:
         value, name, unit = measurement.value, limit.name, limit.unit
         met = value <= limit.at_most
         digits = _digits_apart(value, limit.at_most, unit)
-        by = f", {value / limit.at_most:.3g} times the limit" if limit.at_most and not met else ""
-        text = f"{name} {show(value, unit, digits)}, limit {show(limit.at_most, unit, digits)}: {'met' if met else 'missed' + by}"
+        judged = "met" if met else f"missed by {show(value - limit.at_most, unit)}"
+        text = f"{name} {show(value, unit, digits)}, limit {show(limit.at_most, unit, digits)}: {judged}"
         if measurement.kind == "modelled":
             text += " (modelled, not measured)"
         low, high = measurement.low, measurement.high

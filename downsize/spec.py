@@ -144,7 +144,7 @@ def _split(text: str, separator: str) -> list[str]:
 
 def to_yaml(calls: Sequence[Call]) -> str:
     """The YAML of ``calls``: a list of ``word: {field: value}``."""
-    return yaml.safe_dump([{call.word: call.fields} for call in calls], sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump([{call.word: call.fields} for call in calls], sort_keys=False)
 
 
 def from_yaml(text: str) -> list[Call]:
@@ -241,7 +241,9 @@ def explain(error: ValidationError, cls: type, what: str) -> str:
 
 
 def _explain_one(problem: Any, known: list[str], what: str) -> str:
-    place = ".".join(str(part) for part in problem["loc"])
+    first, *rest = problem["loc"] or ("",)
+    first = known[first] if isinstance(first, int) and first < len(known) else first  # an argument given by position
+    place = ".".join(map(str, [first, *rest]))
     if problem["type"] in ("unexpected_keyword_argument", "unexpected_positional_argument"):
         mend = nearest(place, known) if known else "it takes none."
         return f"{what} has no field {place!r}; {mend}"
