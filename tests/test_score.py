@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,10 +30,10 @@ def worse(inputs):
     return inputs @ (WEIGHTS + 0.7 * NOISE)
 
 
-def batches(sizes=(8, 8, 5), targets=True, wide=6):
+def batches(sizes=(8, 8, 5), targets=True) -> Iterator[tuple[Any, Any]]:
     generator = np.random.default_rng(2)
     for size in sizes:
-        inputs = generator.normal(size=(size, wide)).astype(np.float32)
+        inputs = generator.normal(size=(size, 6)).astype(np.float32)
         noisy = original(inputs) + generator.normal(size=(size, 4))
         yield inputs, noisy.argmax(1) if targets else None
 
@@ -43,7 +45,7 @@ def gather(predict, given):
 
 def macro_f1(predict, given):
     outputs, targets = gather(predict, given)
-    return f1_score(targets, outputs.argmax(1), average="macro", labels=range(4), zero_division=0)
+    return f1_score(targets, outputs.argmax(1), average="macro", labels=range(4))
 
 
 def auc(predict, given):
@@ -137,6 +139,7 @@ def test_the_drop_and_its_interval_are_scipys_paired_bootstrap():
     assert found["score"].unit == "fraction"
 
 
+@pytest.mark.filterwarnings("ignore:F-score is ill-defined")  # in draws that lack a class
 def test_a_score_that_is_no_mean_is_computed_again_on_each_draw():
     found = judge(original, worse, macro_f1, batches(), samples=60, seed=5).measurements["drop"]
     data = list(batches())
@@ -144,7 +147,7 @@ def test_a_score_that_is_no_mean_is_computed_again_on_each_draw():
     right, wrong = original(inputs).argmax(1), worse(inputs).argmax(1)
 
     def drop(a, b, y):
-        one, other = (f1_score(y, classes, average="macro", labels=range(4), zero_division=0) for classes in (a, b))
+        one, other = (f1_score(y, classes, average="macro", labels=range(4)) for classes in (a, b))
         return one - other
 
     expected = stats.bootstrap(
@@ -161,6 +164,8 @@ def test_a_score_of_unknown_unit_has_none():
 def test_a_score_that_some_draws_do_not_define_still_has_an_interval():
     drop = judge(original, worse, auc, batches(), samples=50).measurements["drop"]
     assert drop.samples == 21
+    assert drop.low is not None
+    assert drop.high is not None
     assert drop.low < drop.value < drop.high
 
 
@@ -189,7 +194,7 @@ def test_without_score_or_targets_fidelity_to_the_original_counts(score, targets
     assert found.measurements["baseline_score"].value == 1
     assert found.measurements["score"].value == pytest.approx(cosine, rel=1e-5)
     assert found.measurements["score"].value == pytest.approx(found.agreement.cosine, rel=1e-12)
-    assert note in found.measurements["drop"].note
+    assert note in str(found.measurements["drop"].note)
 
 
 def test_a_score_of_whole_batches_redraws_batches():
@@ -208,7 +213,7 @@ def test_targets_that_are_no_tensors_are_not_cut():
 def test_one_unit_has_no_interval_but_says_so():
     drop = judge(original, worse, scores.top1, batches(sizes=(1,))).measurements["drop"]
     assert (drop.low, drop.high, drop.samples) == (None, None, 1)
-    assert "one unit only" in drop.note
+    assert "one unit only" in str(drop.note)
 
 
 def test_each_model_runs_once_and_batches_are_read_once():
@@ -233,7 +238,7 @@ def test_a_score_with_inputs_of_its_own_runs_the_models():
 
     found = judge(original, worse, flipped, batches(sizes=(8, 8))).measurements
     assert found["drop"].low is None
-    assert "inputs of its own" in found["drop"].note
+    assert "inputs of its own" in str(found["drop"].note)
     for name, run in (("baseline_score", original), ("score", worse)):
         assert found[name].value == np.mean([(run(-x).argmax(1) == y).mean() for x, y in batches(sizes=(8, 8))])
 
