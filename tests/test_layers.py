@@ -20,10 +20,11 @@ LAYERS = (
     ("numerics/",),
     ("scores", "inputs", "task"),
     ("network/",),
+    ("quantization/",),
     ("techniques/",),
     ("runtimes/",),
     ("measure/",),
-    ("progress", "lock", "recipe", "engine", "bench", "candidates", "planner"),
+    ("progress", "lock", "recipe", "engine", "bench", "candidates", "planner", "inspection"),
     ("tables", "testing", "cli", "__init__"),
 )
 WITHOUT_TORCH = (
