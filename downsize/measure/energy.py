@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +47,14 @@ def energy(
         ArtifactError, SpecError, RuntimeMissing: the file cannot be run on the inputs.
     """
     modelled = modelled_energy(macs, bytes_read)
+    sha256 = None if path is None else Artifact.of(path, runtime).sha256
     if path is None or not read_meters():
-        sha256 = None if path is None else Artifact.of(path, runtime).sha256
         why = "no file was given to run" if path is None else "this machine has no energy meter that may be read"
-        return Measurement(modelled.name, modelled.value, modelled.unit, kind="modelled", sha256=sha256, note=f"{modelled.note}; {why}")
+        return replace(modelled, sha256=sha256, note=f"{modelled.note}; {why}")
     answer = ask("energy", [path], inputs, runtime, threads, seconds=seconds)
     note = f"RAPL, all processor packages over {answer['seconds']:.1f} s, idle power and other programs included"
-    return Measurement(
-        "energy",
-        answer["joules"] / answer["runs"],
-        "joules",
-        samples=answer["runs"],
-        sha256=Artifact.of(path, runtime).sha256,
-        host=host(),
-        runtime=label(runtime),
-        note=note,
-    )
+    value, runs = answer["joules"] / answer["runs"], answer["runs"]
+    return Measurement("energy", value, "joules", samples=runs, sha256=sha256, host=host(), runtime=label(runtime), note=note)
 
 
 def modelled_energy(macs: int | Mapping[str, int], bytes_read: int) -> Measurement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -22,6 +23,7 @@ CONTAINERS = ("If", "Loop", "Scan")  # their time is that of the nodes inside th
 
 def missing() -> str | None:
     """Why ONNX Runtime cannot be used here, or None."""
+    _no_telemetry()
     return why_missing(NAME, PIP)
 
 
@@ -59,9 +61,9 @@ def profile(path: str | Path, threads: int, inputs: Any, runs: int) -> list[Oper
 def _open(path: str | Path, threads: int, profile_prefix: str | None) -> tuple[Session, Any]:
     check_threads(threads)
     signature = Signature.read(path)
+    _no_telemetry()
     import onnxruntime
 
-    onnxruntime.disable_telemetry_events()  # builds for Windows send some
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -83,6 +85,15 @@ def _open(path: str | Path, threads: int, profile_prefix: str | None) -> tuple[S
         return inference.run(output_names, dict(zip(input_names, arrays, strict=True)))
 
     return Session(NAME, signature, run), inference
+
+
+def _no_telemetry() -> None:
+    """Keep ONNX Runtime's usage reports off, unless the user has switched them on.
+
+    From 1.31 on, importing it otherwise starts a thread that reports to its maker and keeps its state in the home folder. It reads the
+    variable at import.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def _operator_times(events: list[dict[str, Any]], warm_up: int) -> list[OperatorTime]:
