@@ -18,6 +18,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) $(TORCH)
 	$(PIP) -c constraints.txt -e ".[openvino,dev]"
+	$(PIP) -c constraints.txt pillow imageio
 	$(PIP) --no-deps $(EXAMPLES)
 	touch $(STAMP)
 

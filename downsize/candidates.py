@@ -1,0 +1,109 @@
+"""Which recipes fit a target, and which of the measured files is the best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .facts import Attempt, Measurement
+from .target import Target, show
+
+if TYPE_CHECKING:
+    from .network.network import Network
+
+RESOURCES = ("size", "latency", "latency_ratio", "memory")
+DROP_WITHOUT_LIMIT = 0.01  # with no limit at all the smallest and fastest file is wanted, but not one that has lost its skill
+LINEAR = ("aten.linear.default", "aten.addmm.default", "aten.matmul.default", "aten.mm.default")
+
+
+def recipes_for(runtime: str, network: Network) -> list[str]:
+    """The int8 recipes that ``runtime`` executes well enough to be worth a trial."""
+    recipes = ["quantize()"]
+    # OpenVINO runs the operators of dynamic quantization in float, more slowly than the original.
+    if runtime == "onnxruntime" and any(str(node.target) in LINEAR for node in network.graph.nodes):
+        recipes.append("quantize(activations='dynamic')")
+    return [*recipes, "quantize(activations='none')"]
+
+
+def needs_speed(target: Target) -> bool:
+    """Whether the target limits time or memory, for which a file that is not smaller may still be worth it."""
+    return any(limit.name in ("latency", "latency_ratio", "memory") for limit in target.limits())
+
+
+def why_not_worth_it(attempt: Attempt, baseline: Attempt) -> str | None:
+    """Why a file does not pay beside the original, with the numbers; None when it does."""
+    size, before = attempt.measurements["size"], baseline.measurements["size"]
+    ratio = attempt.measurements.get("latency_ratio")
+    if ratio is not None and ratio.low is not None and ratio.low > 1:
+        return f"slower than the original: {ratio}"
+    if size.value >= before.value:
+        return f"not smaller than the original: {show(size.value, 'bytes', 4)} against {show(before.value, 'bytes', 4)}"
+    return None
+
+
+def best_of(attempts: Sequence[Attempt], target: Target) -> Attempt:
+    """The best of the measured attempts, of which the first is the original.
+
+    All limits met with the least loss; if none meets them, the smallest worst miss. What does not pay (slower, bigger) is taken only where
+    nothing else comes as near. Where nothing but the score is limited, all that keep it are good, and the smallest and fastest is wanted.
+    """
+    baseline = attempts[0]
+    measured = [attempt for attempt in attempts if attempt.verdict is not None]
+    resources = any(limit.name in RESOURCES for limit in target.limits())
+
+    def order(attempt: Attempt) -> tuple[float, ...]:
+        assert attempt.verdict is not None
+        excess = max((outcome.excess for outcome in attempt.verdict.outcomes if not outcome.met), default=0.0)
+        idle = float(attempt is not baseline and why_not_worth_it(attempt, baseline) is not None)
+        if resources:
+            return (excess, idle, *loss_of(attempt), _shrink(attempt, baseline))
+        lossy = float(target.drop is None and loss_of(attempt)[0] > DROP_WITHOUT_LIMIT)
+        return (excess, lossy, idle, _shrink(attempt, baseline))
+
+    return min(measured, key=order, default=baseline)
+
+
+def loss_of(attempt: Attempt) -> tuple[float, float]:
+    """What an attempt loses: the drop of the score (a gain counts as none, it is noise), then the relative error of the outputs."""
+    drop = attempt.measurements.get("drop")
+    return (max(drop.value, 0.0) if drop else float("inf"), attempt.agreement.relative_error if attempt.agreement else float("inf"))
+
+
+def _shrink(attempt: Attempt, baseline: Attempt) -> float:
+    """The size times the latency, as a part of the original's."""
+    ratio = attempt.measurements.get("latency_ratio")
+    return attempt.measurements["size"].value / baseline.measurements["size"].value * (ratio.value if ratio else 1.0)
+
+
+def explained(attempts: Sequence[Attempt], chosen: Attempt, target: Target) -> list[Attempt]:
+    """The attempts with ``taken`` set and a reason with its numbers for each; those that failed keep theirs."""
+    baseline = attempts[0]
+    return [replace(attempt, taken=attempt is chosen, reason=attempt.reason or _reason(attempt, chosen, baseline, target)) for attempt in attempts]
+
+
+def _reason(attempt: Attempt, chosen: Attempt, baseline: Attempt, target: Target) -> str:
+    idle = None if attempt is baseline else why_not_worth_it(attempt, baseline)
+    missed = [outcome.text for outcome in attempt.verdict.outcomes if not outcome.met] if attempt.verdict else []
+    if attempt is chosen:
+        return _why_taken(missed, idle, target)
+    if idle or missed:
+        return "; ".join([*([idle] if idle else []), *missed])
+    if any(limit.name in RESOURCES for limit in target.limits()):
+        return f"meets the limits, but loses more than {chosen.name}: {_loss_text(attempt)} against {_loss_text(chosen)}"
+    return f"keeps the score, but {chosen.name} is smaller and faster as a whole"
+
+
+def _why_taken(missed: list[str], idle: str | None, target: Target) -> str:
+    if missed:
+        return "no file meets all limits; this one comes nearest: " + "; ".join(missed)
+    why = "the smallest and fastest that keeps the score"
+    if any(limit.name in RESOURCES for limit in target.limits()):
+        why = "meets all limits with the least loss"
+    return f"{why}, although it is {idle}" if idle else why
+
+
+def _loss_text(attempt: Attempt) -> str:
+    drop: Measurement | None = attempt.measurements.get("drop")
+    error = "" if attempt.agreement is None else f", relative error {attempt.agreement.relative_error:.3g}"
+    return (f"drop {show(drop.value, drop.unit)}" if drop else "drop not measured") + error

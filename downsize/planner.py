@@ -1,0 +1,226 @@
+"""From a task and a target to a file and a verdict: build the recipes that fit, measure the files, keep the best."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .bench import Bench, digest_of_model, tensor_bytes
+from .candidates import best_of, explained, needs_speed, recipes_for, why_not_worth_it
+from .engine import Run
+from .errors import DownsizeError, RunError, TargetError
+from .facts import Artifact, Attempt, Measurement, Report, Verdict, made_by, to_json
+from .progress import Progress
+from .recipe import Recipe
+from .runtimes import require
+from .spec import fields_of
+from .target import Target, show
+from .task import Task
+
+ORIGINAL = "original"
+TRIAL_SECONDS = 3.0
+FINAL_SECONDS = 6.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives: the verdict, the file, and everything that was tried."""
+
+    verdict: Verdict
+    artifact: Artifact
+    report: Report
+
+
+def fit(task: Task, target: Target, into: str | os.PathLike[str], progress: Progress | None = None) -> Result:
+    """Make a file of ``task`` that meets the limits of ``target``, or the one that comes nearest, in the folder ``into``.
+
+    The original model itself is a candidate. Files are chosen by the "validate" data (else "calibrate"); the chosen one is judged once by
+    the "test" data. The best file so far is always at ``into/model.onnx``; after an interruption the same call goes on from the last
+    finished step.
+
+    Raises:
+        TaskError, CaptureError, ExportError, RuntimeMissing, TargetError, RunError: before any long work.
+    """
+    return _run(task, target, into, None, progress or Progress(quiet=True))
+
+
+def run(task: Task, recipe: Recipe | str, target: Target, into: str | os.PathLike[str], progress: Progress | None = None) -> Result:
+    """Build the file of one ``recipe`` and judge it by ``target``, whether or not it pays; see :func:`fit`.
+
+    Raises:
+        SpecError: the recipe names something that does not exist. Else as :func:`fit`.
+    """
+    recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+    return _run(task, target, into, recipe, progress or Progress(quiet=True))
+
+
+def _run(task: Task, target: Target, into: str | os.PathLike[str], recipe: Recipe | None, progress: Progress) -> Result:
+    refuse_impossible(target)
+    runtime = require(target.runtime)
+    identity = {"task": task.name, "model": digest_of_model(task.model), "target": fields_of(target)}
+    with Run(into, identity, progress.say) as run:
+        search = Search(Bench.set_up(task, target, runtime, run, progress), recipe)
+        try:
+            search.look()
+            return search.finish()
+        except BaseException:
+            # Interrupted, or a full disk: what was found stays, with its report if that can still be written.
+            with contextlib.suppress(RunError):
+                search.leave()
+            raise
+
+
+class Search:
+    """The attempts of one run; the file of the best one is always in the run folder.
+
+    Args:
+        bench: the original model, ready.
+        only: the user's own recipe; None tries those that fit the target.
+    """
+
+    def __init__(self, bench: Bench, only: Recipe | None) -> None:
+        self.bench, self.only = bench, only
+        self.limits = bench.target.limits()
+        self.file = f"model{bench.runtime.suffix}"
+        artifact = Artifact.of(bench.baseline, bench.runtime.name)
+        self.attempts = [Attempt(ORIGINAL, "", artifact, bench.weigh(bench.baseline), None, None, False, "")]
+        self._keep(self.attempts[0])
+        bench.run.keep(bench.baseline, f"baseline{bench.runtime.suffix}")
+        self.floor = floor_note(bench, self.attempts[0].measurements["size"])
+
+    def look(self) -> None:
+        """Measure the original, then build and measure every recipe."""
+        if self.floor:
+            self.bench.progress.say(f"note: {self.floor}")
+        self.attempts[0] = self._measured(self.attempts[0])
+        if self.only is not None:
+            self._add(self._measured(self._built(self.only)))
+            return
+        for text in recipes_for(self.bench.runtime.name, self.bench.original.network):
+            self._add(self._try(Recipe.parse(text)))
+
+    def finish(self) -> Result:
+        """Measure the chosen file once more, on the data for the verdict, and write the report."""
+        chosen = self._chosen()
+        path = self.bench.run.folder / self.file
+        self.bench.progress.say(f"chosen: {chosen.name}; measuring it for the verdict")
+        found = {**chosen.measurements, **self.bench.time(path, FINAL_SECONDS)}
+        agreement, role = chosen.agreement, self.bench.task.verdict_role
+        if role != self.bench.task.choice_role:
+            scores, agreement = self.bench.judge(path, role)
+            found = {**{f"choice_{name}": found[name] for name in scores if name in found}, **found, **scores}
+        verdict = self._verdict(found)
+        artifact = Artifact.of(path, self.bench.runtime.name)
+        rows = self._explained(chosen)
+        report = self._report([replace(row, measurements=found, agreement=agreement, verdict=verdict) if row.taken else row for row in rows], verdict)
+        return Result(verdict, artifact, report)
+
+    def leave(self) -> None:
+        """Write the report of what there is when a run ends before its end."""
+        chosen = self._chosen()
+        rows = [replace(row, reason=f"the best when the run was stopped; {row.reason}") if row.taken else row for row in self._explained(chosen)]
+        self._report(rows, chosen.verdict or self._verdict(chosen.measurements))
+
+    def _try(self, recipe: Recipe) -> Attempt:
+        """One of our own recipes: that it cannot be built or run here is a finding, not the end."""
+        try:
+            built = self._built(recipe)
+            if why_not_worth_it(built, self.attempts[0]) and not needs_speed(self.bench.target):
+                return built
+            return self._measured(built)
+        except RunError:
+            raise
+        except DownsizeError as error:
+            return Attempt(str(recipe), str(recipe), None, {}, None, None, False, f"failed: {error}")
+
+    def _built(self, recipe: Recipe) -> Attempt:
+        path = self.bench.build(recipe)
+        artifact = Artifact.of(path, self.bench.runtime.name)
+        return Attempt(str(recipe), str(recipe), artifact, self.bench.weigh(path), None, None, False, "")
+
+    def _measured(self, attempt: Attempt) -> Attempt:
+        assert attempt.artifact is not None
+        path = attempt.artifact.path
+        scores, agreement = self.bench.judge(path, self.bench.task.choice_role)
+        found = {**attempt.measurements, **self.bench.time(path, TRIAL_SECONDS), **scores}
+        return replace(attempt, measurements=found, agreement=agreement, verdict=self._verdict(found))
+
+    def _verdict(self, found: dict[str, Measurement]) -> Verdict:
+        verdict = Verdict.judge(self.limits, found)
+        missed = {outcome.limit.name for outcome in verdict.outcomes if not outcome.met}
+        return replace(verdict, relaxation=f"{verdict.relaxation} {self.floor}") if self.floor and "size" in missed else verdict
+
+    def _add(self, attempt: Attempt) -> None:
+        before = self._chosen()
+        self.attempts.append(attempt)
+        self.bench.progress.say(f"{attempt.name}: {summary(attempt)}")
+        if self._chosen() is not before:
+            self._keep(self._chosen())
+
+    def _chosen(self) -> Attempt:
+        return self.attempts[-1] if self.only is not None else best_of(self.attempts, self.bench.target)
+
+    def _explained(self, chosen: Attempt) -> list[Attempt]:
+        if self.only is None:
+            return explained(self.attempts, chosen, self.bench.target)
+        return [
+            replace(row, taken=row is chosen, reason="the recipe that was asked for" if row is chosen else "for comparison") for row in self.attempts
+        ]
+
+    def _keep(self, attempt: Attempt) -> None:
+        assert attempt.artifact is not None
+        self.bench.run.keep(attempt.artifact.path, self.file)
+
+    def _report(self, rows: Sequence[Attempt], verdict: Verdict) -> Report:
+        chosen = next(row.name for row in rows if row.taken)
+        report = Report(self.bench.task.name, self.bench.target, rows[0], tuple(rows[1:]), chosen, verdict, made_by())
+        self.bench.run.write("report.json", to_json(report) + "\n")
+        return report
+
+
+def summary(attempt: Attempt) -> str:
+    """The numbers of an attempt on one line, or why there are none."""
+    shown = [attempt.measurements[name] for name in ("size", "latency", "latency_ratio", "memory", "drop") if name in attempt.measurements]
+    return "; ".join(map(str, shown)) or attempt.reason
+
+
+def refuse_impossible(target: Target) -> None:
+    """Refuse a size that no model file can have, however small the model.
+
+    Raises:
+        TargetError: the limit is below the size of an ONNX file with one node and no weights.
+    """
+    smallest = smallest_file()
+    if target.size is not None and target.size < smallest:
+        raise TargetError(
+            f"size={show(target.size, 'bytes')} cannot be met: an ONNX file with one node and no weights has {smallest} bytes already. "
+            "Raise the limit."
+        )
+
+
+def smallest_file() -> int:
+    """The bytes of an ONNX file with one node and no weights."""
+    from onnx import TensorProto, helper
+
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
+    return helper.make_model(helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", ports[:1], ports[1:])).ByteSize()
+
+
+def floor_note(bench: Bench, size: Measurement) -> str | None:
+    """Why a size limit is out of reach for any encoding of this model's weights, None when it is not."""
+    limit = bench.target.size
+    if limit is None:
+        return None
+    weights = tensor_bytes(bench.original.network)
+    graph = max(int(size.value) - weights, 0)
+    bit = graph + weights // 32
+    if limit >= bit:
+        return None
+    what = (
+        f"the graph without any weight takes about {show(graph, 'bytes')}"
+        if limit < graph
+        else f"1 bit for each weight takes about {show(bit, 'bytes')}"
+    )
+    return f"The size limit of {show(limit, 'bytes')} is out of reach for this architecture: {what}; fewer layers or a smaller model are needed."
