@@ -64,7 +64,9 @@ Ratio = Annotated[
 Memory = Annotated[str | None, typer.Option("--memory", help="At most so much peak memory for opening and running it: 64MB.", show_default=False)]
 Drop = Annotated[str | None, typer.Option("--drop", help="At most so much less score, absolute: 1% (0.75 to 0.74).", show_default=False)]
 Length = Annotated[int, typer.Option("--length", min=1, help="Size of open dimensions (text length, image side) where no task gives it.")]
-Into = Annotated[Path | None, typer.Option("--into", help="The run folder; the same call goes on in it.  [default: runs/<task>]", show_default=False)]
+Into = Annotated[
+    Path | None, typer.Option("--into", help="The run folder; the same call goes on in it. Default: runs/ and the task's name.", show_default=False)
+]
 
 
 @app.command(
@@ -184,11 +186,14 @@ def main() -> None:
 
 
 def _target(options: dict[str, Any]) -> Target:
-    """The target of a command's options: those that bear the names of its fields and were given."""
+    """The target of a command's options: those that bear the names of its fields and were given. Its runtime must be here."""
+    from .runtimes import require
     from .target import Target
 
     names = ("runtime", "threads", "size", "latency", "latency_ratio", "memory", "drop", "batch")
-    return Target(**{name: options[name] for name in names if options.get(name) is not None})
+    target = Target(**{name: options[name] for name in names if options.get(name) is not None})
+    require(target.runtime)
+    return target
 
 
 def _work(task: str, into: Path | None, work: Callable[[Task, Path, Progress], Result]) -> None:
