@@ -137,7 +137,8 @@ def memory(path: str | Path, inputs: Any, runtime: str = "onnxruntime", threads:
 def per_operator(path: str | Path, inputs: Any, runtime: str = "onnxruntime", threads: int = 1, runs: int = 20) -> list[OperatorTime]:
     """The time of every node of the file as the runtime executes it: (node, operator, seconds of one call, kernel or data types).
 
-    Nodes that the runtime has fused or removed are not listed. The sum is somewhat above the latency, because the runtime's own clock
+    Nodes that the runtime has fused into another or removed are not listed; ONNX Runtime calls a fused node after the last one that went
+    into it, at times with an ending such as "_nchwc". The sum is somewhat above the latency, because the runtime's own clock
     runs along.
 
     Raises:
@@ -211,7 +212,10 @@ def death(code: int) -> str:
 
 
 def _tail(errors: str) -> str:
-    return " | ".join(line.strip() for line in errors.splitlines()[-15:] if line.strip())[-1500:] or "none"
+    lines = [line.strip()[:200] for line in errors.splitlines() if line.strip()]
+    fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error")), None)  # the cause, before a long stack
+    kept = lines[-12:] if fatal is None else lines[max(0, fatal - 3) : fatal + 9]
+    return " | ".join(kept) or "none"
 
 
 def _note(wall: Sequence[np.ndarray], cpu: Sequence[np.ndarray], threads: int, cpus: Sequence[int]) -> str:
@@ -220,7 +224,7 @@ def _note(wall: Sequence[np.ndarray], cpu: Sequence[np.ndarray], threads: int, c
         where += f", fewer than the {threads} threads"
     parts = [f"{wall[0].shape[0]} blocks of {' and '.join(str(file.shape[1]) for file in wall)} calls {where}"]
     parts.append(f"CPU time {' and '.join(f'{np.median(file) * 1e3:.4g} ms' for file in cpu)}")
-    excess = max(float(np.median(w) / np.median(c)) for w, c in zip(wall, cpu, strict=True))
+    excess = max(float(w.sum() / c.sum()) for w, c in zip(wall, cpu, strict=True))
     if threads == 1 and excess > BUSY:
-        parts.append(f"the machine was busy: wall time is {excess:.2f} times CPU time")
+        parts.append(f"the machine was busy: together the calls took {excess:.2f} times their CPU time")
     return "; ".join(parts)
