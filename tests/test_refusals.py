@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,7 +12,6 @@ from onnx_files import EMPTY, TENSOR, mlp, save, structured, structured_io
 from downsize.errors import ArtifactError, SpecError, TargetError
 from downsize.runtimes import RUNTIMES, open_artifact
 
-ROOT = Path(__file__).parent.parent
 RUNTIME_NAMES = [pytest.param(name, marks=pytest.mark.skipif(RUNTIMES[name].missing() is not None, reason=f"no {name}")) for name in RUNTIMES]
 every_runtime = pytest.mark.parametrize("runtime", RUNTIME_NAMES)
 
