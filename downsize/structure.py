@@ -105,8 +105,7 @@ def _select(node: Structure, value: Any, path: str) -> Iterator[Any]:
         if looks_like_tensor(value) or value != node["value"] or type(value) is not type(node["value"]):
             got = "a tensor" if looks_like_tensor(value) else repr(value)
             raise ArtifactError(
-                f"{path} is {got}; the model was captured with the constant {node['value']!r} there: capture it again with an "
-                "example like yours."
+                f"{path} is {got}; the model was captured with the constant {node['value']!r} there: capture it again with an example like yours."
             )
     elif kind == "dict":
         if not isinstance(value, Mapping) or set(value) != set(node["keys"]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,13 +14,12 @@ from torch.export import Dim, ExportedProgram, ShapesCollection, export
 
 from ..errors import ArtifactError, CaptureError, NetworkFileError
 from ..structure import Structure, as_call, flatten
-from .network import Network, Port, assign, batch_of
+from .clean import TORCH_FOLDER, at, drop_assertions, functionalize, inline_contexts, shorten_metadata
+from .network import Network, batch_of
 from .operators import allowed, name_of
+from .parts import Port, assign
 
 RELATIVE_TOLERANCE = 1e-5
-TORCH_FOLDER = str(Path(torch.__file__).parent)
-# Assertions that export writes into graphs; the ports check what can be checked of them.
-ASSERTIONS = ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten._assert_async", "aten.sym_constrain_range", "aten._functional_assert")
 
 
 def capture(model: torch.nn.Module, example: Any, more: Sequence[Any] = ()) -> Network:
@@ -91,7 +89,9 @@ def _run(model: torch.nn.Module, call: tuple[Any, dict[str, Any]]) -> Any:
         with torch.no_grad():
             return model(*call[0], **call[1])
     except Exception as error:
-        raise CaptureError(f"The model itself fails on the example: {type(error).__name__}: {error}\n{_where(error)}Give an example that it takes.") from error
+        raise CaptureError(
+            f"The model itself fails on the example: {type(error).__name__}: {error}\n{_where(error)}Give an example that it takes."
+        ) from error
 
 
 def _leaves(tree: Any) -> list[Tensor]:
@@ -198,7 +198,7 @@ def _network(program: ExportedProgram, call: Any, outputs: Any, dynamic: dict[in
         module = program.module(check_guards=False)
     graph = module.graph
     inline_contexts(module)
-    _drop_assertions(graph)
+    drop_assertions(graph)
     _, structure = _describe(outputs)
     node = next(node for node in graph.nodes if node.op == "output")
     results = list(node.args[0])  # type: ignore[arg-type]
@@ -207,9 +207,9 @@ def _network(program: ExportedProgram, call: Any, outputs: Any, dynamic: dict[in
     examples, inputs = flatten([call[0], call[1]])
     placeholders = _tensor_placeholders(graph, call, len(examples))
     node.args = (tuple(results),)
-    _shorten_metadata(graph)
+    shorten_metadata(graph)
     graph.eliminate_dead_code()
-    _functionalize(graph)
+    functionalize(graph)
     made = fx.GraphModule(_root(module, graph), _plain(graph))
     network = Network(made, inputs, structure, _ports(placeholders, examples, dynamic))
     network.recompile()
@@ -226,7 +226,9 @@ def _root(module: fx.GraphModule, graph: fx.Graph) -> torch.nn.Module:
         path, _, leaf = node.target.rpartition(".")
         value = getattr(module.get_submodule(path), leaf)
         if not isinstance(value, Tensor):
-            raise CaptureError(f"The graph holds {node.target}, a {type(value).__name__}: control flow such as torch.cond cannot be captured.\n{_at(node)}")
+            raise CaptureError(
+                f"The graph holds {node.target}, a {type(value).__name__}: control flow such as torch.cond cannot be captured.\n{at(node)}"
+            )
         assign(root, node.target, value)
     return root
 
@@ -283,114 +285,18 @@ def _check_dynamic(network: Network, dynamic: dict[int, set[int]]) -> None:
             )
 
 
-def inline_contexts(module: fx.GraphModule) -> None:
-    """Replace blocks run under no_grad (or under a disabled autocast) by their operators, in place."""
-    for node in list(module.graph.nodes):
-        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-        if name == "wrap_with_set_grad_enabled":
-            _inline(module, node, node.args[1], node.args[2:])
-        elif name == "wrap_with_autocast":
-            if node.args[2]:
-                raise CaptureError(f"The model switches autocast on inside its forward.\n{_at(node)}Remove it; downsize chooses the precision.")
-            _inline(module, node, node.args[4], node.args[5:])
-
-
-def _inline(module: fx.GraphModule, node: fx.Node, block: Any, arguments: Sequence[Any]) -> None:
-    inner = getattr(module, block.target)
-    inline_contexts(inner)
-    mapping = dict(zip([n for n in inner.graph.nodes if n.op == "placeholder"], arguments, strict=True))
-    for source in [n for n in inner.graph.nodes if n.op == "get_attr"]:
-        path, _, leaf = source.target.rpartition(".")
-        value = getattr(inner.get_submodule(path), leaf)
-        if isinstance(value, Tensor):
-            assign(module, source.target, value)
-    with module.graph.inserting_before(node):
-        result = module.graph.graph_copy(inner.graph, mapping)
-    for user in list(node.users):
-        if user.target is operator.getitem and isinstance(result, (tuple, list)):
-            user.replace_all_uses_with(result[user.args[1]])
-            module.graph.erase_node(user)
-    if not isinstance(result, (tuple, list)):
-        node.replace_all_uses_with(result)
-    module.graph.erase_node(node)
-    if not block.users:
-        module.graph.erase_node(block)
-
-
-def _drop_assertions(graph: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        guards = node.op == "call_module" and node.target == "_guards_fn"
-        if guards or str(node.target).startswith(ASSERTIONS):
-            graph.erase_node(node)
-
-
-def _shorten_metadata(graph: fx.Graph) -> None:
-    """Keep of export's metadata what reports show: the module path and the user's deepest source line."""
-    for node in graph.nodes:
-        stack = node.meta.get("nn_module_stack") or {}
-        paths = [path for path, _ in stack.values()]
-        kept = {"module": paths[-1].split("@")[0] if paths else "", "source": _source(node.meta.get("stack_trace") or "")}
-        node.meta = {**node.meta, **kept} if node.op == "placeholder" else kept
-
-
-def _source(trace: str) -> str:
-    lines = trace.splitlines()
-    for number in range(len(lines) - 1, -1, -1):
-        line = lines[number].strip()
-        if line.startswith('File "') and not line.startswith(f'File "{TORCH_FOLDER}'):
-            file, _, rest = line.removeprefix('File "').partition('", line ')
-            code = lines[number + 1].strip() if number + 1 < len(lines) else ""
-            return f"{file}:{rest.split(',')[0]}: {code}"
-    return ""
-
-
-def _at(node: fx.Node) -> str:
-    return f"  at {node.meta['source']}\n" if node.meta.get("source") else ""
-
-
-def _functionalize(graph: fx.Graph) -> None:
-    """Replace in-place operators by their pure forms where no view of the changed tensor exists; the rest stays, and runs as written."""
-    for node in list(graph.nodes):
-        target = node.target
-        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
-            continue
-        changed = node.args[0] if node.args else None
-        name = target._schema.name.split("::")[1]
-        pure = getattr(getattr(torch.ops.aten, name[:-1], None), target._overloadname, None) if name.endswith("_") else None
-        if pure is None or not isinstance(changed, fx.Node) or not _owns_its_memory(changed) or any(_views(user) for user in changed.users):
-            continue
-        node.target = pure
-        changed.replace_all_uses_with(node, delete_user_cb=lambda user, n=node: user is not n and _after(user, n))
-
-
-def _after(user: fx.Node, node: fx.Node) -> bool:
-    return user > node
-
-
-def _views(node: fx.Node) -> bool:
-    """Whether the node's result may share memory with an argument."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return True
-    return any(ret.alias_info is not None and not ret.alias_info.is_write for ret in schema.returns) or schema.name in ("aten::reshape", "aten::contiguous", "aten::flatten", "aten::to")
-
-
-def _owns_its_memory(node: fx.Node) -> bool:
-    return node.op == "call_function" and not _views(node) and node.target is not operator.getitem
-
-
 def _check_operators(network: Network) -> None:
     for node in network.graph.nodes:
         if node.op in ("call_function", "call_module", "call_method") and not (node.op == "call_function" and allowed(node.target)):
             raise CaptureError(
-                f"The model uses {node.target}, which downsize does not handle.\n{_at(node)}"
+                f"The model uses {node.target}, which downsize does not handle.\n{at(node)}"
                 "Write that part with ordinary torch operators, or without custom operators and control flow."
             )
         if node.op == "call_function":
             try:
                 name_of(node.target)
             except NetworkFileError as error:
-                raise CaptureError(f"{error}\n{_at(node)}") from None
+                raise CaptureError(f"{error}\n{at(node)}") from None
 
 
 def _prove(model: torch.nn.Module, network: Network, calls: list[Any]) -> None:
@@ -413,7 +319,9 @@ def _prove(model: torch.nn.Module, network: Network, calls: list[Any]) -> None:
 def _compare(expected: list[Tensor], got: Sequence[Tensor]) -> None:
     for number, (one, two) in enumerate(zip(expected, got, strict=True)):
         if one.shape != two.shape or one.dtype != two.dtype:
-            raise CaptureError(f"Output {number} of the captured graph is {two.dtype}{list(two.shape)}; the model gives {one.dtype}{list(one.shape)}.")
+            raise CaptureError(
+                f"Output {number} of the captured graph is {two.dtype}{list(two.shape)}; the model gives {one.dtype}{list(one.shape)}."
+            )
         if not one.is_floating_point():
             if not torch.equal(one, two):
                 raise CaptureError(f"Output {number} of the captured graph differs from the model's: it depends on something other than its inputs.")

@@ -7,11 +7,11 @@ operator (``operators.py``), every argument's type, and a dry run on shapes have
 from __future__ import annotations
 
 import hashlib
-import json
+import keyword
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,11 +21,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import NetworkFileError
-from .network import Network, Port, assign
 from .operators import decode, encode, name_of, target_of
+from .parts import Port, assign
 
 VERSION = 1
 KEY = "downsize.network"
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -65,13 +66,32 @@ class NetworkRecord(_Strict):
     origin: dict[str, Any]
 
 
-def describe(network: Network) -> tuple[str, dict[str, Tensor]]:
-    """The graph as JSON text, and its tensors by name, each storage once."""
-    nodes = [_node_record(node) for node in network.graph.nodes]
+class Description(NamedTuple):
+    """What a file says of a network beside its tensors."""
+
+    graph: fx.Graph
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+    ports: tuple[Port, ...]
+    origin: dict[str, Any]
+
+
+class Loaded(NamedTuple):
+    """What a file gives: the fields of a Network, in its order."""
+
+    graph_module: fx.GraphModule
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+    ports: tuple[Port, ...]
+    origin: dict[str, Any]
+
+
+def describe(network: Description, named: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """The graph as JSON text, and the tensors by name, each once: a tensor with two names is an alias in the text."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
-    for name, tensor in sorted(network.named_tensors()):
+    for name, tensor in sorted(named.items()):
         if id(tensor) in first:
             aliases[name] = first[id(tensor)]
         else:
@@ -79,7 +99,7 @@ def describe(network: Network) -> tuple[str, dict[str, Tensor]]:
             tensors[name] = tensor
     record = NetworkRecord(
         version=VERSION,
-        nodes=nodes,
+        nodes=[_node_record(node) for node in network.graph.nodes],
         inputs=network.inputs,
         outputs=network.outputs,
         ports=[PortRecord(name=p.name, dtype=str(p.dtype).removeprefix("torch."), dims=list(p.dims), example=list(p.example)) for p in network.ports],
@@ -103,10 +123,9 @@ def _node_record(node: fx.Node) -> NodeRecord:
     )
 
 
-def save(network: Network, path: Path) -> None:
-    """Write ``network`` to ``path`` through a temporary file beside it, so that the file is whole or absent."""
-    network.eval()
-    graph, tensors = describe(network)
+def save(network: Description, named: dict[str, Tensor], path: Path) -> None:
+    """Write a network to ``path`` through a temporary file beside it, so that the file is whole or absent."""
+    graph, tensors = describe(network, named)
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         kept = tensor.detach().contiguous()
@@ -115,31 +134,32 @@ def save(network: Network, path: Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file(plain, temporary, metadata={KEY: graph, "sha256": _checksum(graph, plain)})
+        save_file(plain, temporary, metadata={KEY: graph, "sha256": checksum(graph, plain)})
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
-def _checksum(graph: str, tensors: dict[str, Tensor]) -> str:
+def checksum(graph: str, tensors: dict[str, Tensor]) -> str:
+    """sha256 (hex) over a network's description and every tensor's name, type, shape and values."""
     digest = hashlib.sha256(graph.encode())
     for name in sorted(tensors):
-        tensor = tensors[name]
+        tensor = tensors[name].detach().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
-def load(path: Path) -> Network:
+def load(path: Path) -> Loaded:
     """Read a network file.
 
     Raises:
         NetworkFileError: it is missing, damaged, forged, or made by another version of the format.
     """
-    graph, checksum, tensors = _read(path)
-    if checksum != _checksum(graph, tensors):
+    graph, expected, tensors = _read(path)
+    if expected != checksum(graph, tensors):
         raise NetworkFileError(f"{path} is damaged: its checksum does not match. Make it again, or copy it again from where it was made.")
     try:
         record = NetworkRecord.model_validate_json(graph)
@@ -170,43 +190,49 @@ def _read(path: Path) -> tuple[str, str, dict[str, Tensor]]:
     return metadata[KEY], metadata["sha256"], tensors
 
 
-def _build(record: NetworkRecord, tensors: dict[str, Tensor]) -> Network:
-    root = torch.nn.Module()
-    for name, tensor in tensors.items():
-        _check_name(name)
-        trainable = name in record.trainable
-        if trainable and not tensor.is_floating_point():
-            raise NetworkFileError(f"tensor {name!r} is {tensor.dtype} and called trainable: the file is damaged.")
-        tensors[name] = torch.nn.Parameter(tensor) if trainable else tensor
-    for name, first in record.aliases.items():
-        _check_name(name)
-        if first not in tensors or name in tensors:
-            raise NetworkFileError(f"tensor {name!r} is said to be the same as {first!r}: the file is damaged.")
-    named = {**tensors, **{name: tensors[first] for name, first in record.aliases.items()}}
+def _build(record: NetworkRecord, tensors: dict[str, Tensor]) -> Loaded:
+    named = _named_tensors(record, tensors)
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for item in record.nodes:
-        if not item.name.isidentifier() or item.name in nodes:
+        if not item.name.isidentifier() or keyword.iskeyword(item.name) or item.name in nodes:
             raise NetworkFileError(f"node {item.name!r} has a bad or repeated name: the file is damaged.")
         nodes[item.name] = _add(graph, item, nodes, named)
         nodes[item.name].meta = {"module": item.module, "source": item.source}
-    for name, tensor in named.items():
-        try:
-            assign(root, name, tensor)
-        except (KeyError, AttributeError, TypeError) as error:
-            raise NetworkFileError(f"tensor {name!r} cannot be placed ({error}): the file is damaged.") from None
     ports = tuple(_port(item) for item in record.ports)
     if [n.op for n in graph.nodes].count("output") != 1 or [n.name for n in graph.nodes if n.op == "placeholder"] != [p.name for p in ports]:
         raise NetworkFileError("the inputs or outputs do not fit the graph: the file is damaged.")
     try:
-        module = fx.GraphModule(root, graph)
+        module = fx.GraphModule(_root(named), graph)
         graph.lint()
-    except (RuntimeError, AttributeError, SyntaxError, ValueError, TypeError) as error:
+    except (RuntimeError, AttributeError, SyntaxError, ValueError, TypeError, KeyError) as error:
         raise NetworkFileError(f"the graph is not whole ({error}): the file is damaged.") from None
-    network = Network(module, record.inputs, record.outputs, ports, record.origin)
-    _check_structures(network)
-    _dry_run(network)
-    return network
+    made = Loaded(module, record.inputs, record.outputs, ports, record.origin)
+    _check_structures(made)
+    _dry_run(made)
+    return made
+
+
+def _named_tensors(record: NetworkRecord, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    named = {}
+    for name, tensor in tensors.items():
+        _check_name(name)
+        if name in record.trainable and not tensor.is_floating_point():
+            raise NetworkFileError(f"tensor {name!r} is {tensor.dtype} and called trainable: the file is damaged.")
+        named[name] = torch.nn.Parameter(tensor) if name in record.trainable else tensor
+    for name, first in record.aliases.items():
+        _check_name(name)
+        if first not in tensors or name in tensors:
+            raise NetworkFileError(f"tensor {name!r} is said to be the same as {first!r}: the file is damaged.")
+        named[name] = named[first]
+    return named
+
+
+def _root(named: dict[str, Tensor]) -> torch.nn.Module:
+    root = torch.nn.Module()
+    for name, tensor in named.items():
+        assign(root, name, tensor)
+    return root
 
 
 def _check_name(name: str) -> None:
@@ -244,8 +270,8 @@ def _add(graph: fx.Graph, item: NodeRecord, nodes: dict[str, fx.Node], tensors: 
     return graph.create_node("call_function", target_of(item.target), args, kwargs, name=item.name)
 
 
-def _check_structures(network: Network) -> None:
-    outputs = next(node for node in network.graph.nodes if node.op == "output").args[0]
+def _check_structures(network: Loaded) -> None:
+    outputs = next(node for node in network.graph_module.graph.nodes if node.op == "output").args[0]
     for structure, count, what in ((network.inputs, len(network.ports), "inputs"), (network.outputs, len(outputs), "outputs")):  # type: ignore[arg-type]
         if _count_tensors(structure) != count:
             raise NetworkFileError(f"the structure of the {what} does not fit the graph: the file is damaged.")
@@ -267,7 +293,7 @@ def _count_tensors(node: Any) -> int:
     return sum(_count_tensors(item) for item in items)
 
 
-def _dry_run(network: Network) -> None:
+def _dry_run(network: Loaded) -> None:
     """Run the graph on shapes alone: proves that every operator takes what it is given, without computing or allocating anything."""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,23 +13,11 @@ from torch import Tensor, fx
 
 from ..errors import ArtifactError
 from ..structure import Structure, as_call, looks_like_tensor, select, unflatten
+from . import file
+from .parts import Port, assign
 
 # Operators that behave differently in training: name -> position of their flag.
 TRAINING_FLAGS = {"aten.batch_norm.default": 5, "aten.dropout.default": 2, "aten.feature_dropout.default": 2, "aten.instance_norm.default": 5}
-
-
-@dataclass(frozen=True)
-class Port:
-    """One tensor input: its name, its dtype, its dimensions (a number where fixed, a symbol such as ``batch`` where any size goes), and the
-    sizes of the example it was captured with."""
-
-    name: str
-    dtype: torch.dtype
-    dims: tuple[int | str, ...]
-    example: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.dims))}]"
 
 
 @dataclass(eq=False)
@@ -41,9 +28,7 @@ class Network:
     (see ``structure.py``) that the original model takes and gives. Every node carries ``meta["module"]`` (the user's module path) and
     ``meta["source"]`` (the user's source line). Edits replace tensors and never write into them, so a fork may share them.
 
-    >>> network = capture(model, (x,))          # x: [2, 3, 32, 32]
-    >>> network(x).shape                         # as the model
-    torch.Size([2, 10])
+    Example: with ``network = capture(model, (x,))`` and ``x`` of [2, 3, 32, 32], ``network(x)`` gives what ``model(x)`` gives, [2, 10].
     """
 
     graph_module: fx.GraphModule
@@ -154,44 +139,22 @@ class Network:
 
     def save(self, path: str | Path) -> None:
         """Write it as one safetensors file (JSON graph in its header; no pickle), whole or not at all. See ``network/file.py``."""
-        from .file import save
-
-        save(self, Path(path))
+        self.eval()
+        file.save(self._description(), dict(self.named_tensors()), Path(path))
 
     @staticmethod
     def load(path: str | Path) -> Network:
         """Read what :meth:`save` wrote. Raises NetworkFileError when it is damaged, forged or from another version."""
-        from .file import load
-
-        return load(Path(path))
+        network = Network(*file.load(Path(path)))
+        network.graph_module.recompile()
+        return network
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the graph and every tensor: equal for a network and its saved and loaded copy."""
-        from .file import describe
+        return file.checksum(*file.describe(self._description(), dict(self.named_tensors())))
 
-        graph, tensors = describe(self)
-        digest = hashlib.sha256(graph.encode())
-        for name in sorted(tensors):
-            digest.update(name.encode())
-            digest.update(tensors[name].detach().contiguous().view(torch.uint8).numpy() if tensors[name].numel() else b"")
-        return digest.hexdigest()
-
-
-def assign(root: torch.nn.Module, name: str, tensor: Tensor) -> None:
-    """Put ``tensor`` at the dotted ``name`` under ``root``, making the modules between: a parameter stays one, the rest are buffers."""
-    path, _, leaf = name.rpartition(".")
-    module = root
-    for part in path.split(".") if path else []:
-        if part not in module._modules:
-            module.add_module(part, torch.nn.Module())
-        module = module.get_submodule(part)
-    for table in (module._parameters, module._buffers):
-        table.pop(leaf, None)
-    module.__dict__.pop(leaf, None)
-    if isinstance(tensor, torch.nn.Parameter):
-        module.register_parameter(leaf, tensor)
-    else:
-        module.register_buffer(leaf, tensor)
+    def _description(self) -> file.Description:
+        return file.Description(self.graph, self.inputs, self.outputs, self.ports, self.origin)
 
 
 def batch_of(inputs: Any, rows: list[int] | Tensor) -> Any:

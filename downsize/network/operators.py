@@ -20,45 +20,47 @@ from ..numerics import grids  # noqa: F401  (registers torch.ops.downsize)
 
 # Functions on shape integers that torch.export leaves in a graph.
 SYMBOLIC: dict[str, Callable[..., Any]] = {
-    **{
-        f"operator.{f}": getattr(operator, f)
-        for f in "add sub mul floordiv mod neg eq ne lt le gt ge getitem truediv and_ or_ pow pos abs index".split()
-    },
-    **{f"math.{f}": getattr(math, f) for f in "ceil floor trunc sqrt".split()},
-    **{f"torch.{f}": getattr(torch, f) for f in "sym_max sym_min sym_not sym_int sym_float sym_ite sym_sum".split()},
-    **{f"builtins.{f}": getattr(builtins, f) for f in "max min abs round int float".split()},
+    f"{module.__name__.removeprefix('_')}.{function}": getattr(module, function)
+    for module, functions in (
+        (operator, "add sub mul floordiv mod neg eq ne lt le gt ge getitem truediv and_ or_ pow pos abs index"),
+        (math, "ceil floor trunc sqrt"),
+        (torch, "sym_max sym_min sym_not sym_int sym_float sym_ite sym_sum"),
+        (builtins, "max min abs round int float"),
+    )
+    for function in functions.split()
 }
 SYMBOLIC_NAME = {function: name for name, function in reversed(SYMBOLIC.items())}
 
 # ATen operators that are neither tagged core nor pointwise, but ordinary parts of models.
-ORDINARY = frozenset(
-    """
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d addbmm addmv addr alias
-    align_tensors all any arange argmax argmin argsort as_strided atleast_1d atleast_2d avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bilinear
-    block_diag bmm broadcast_tensors broadcast_to bucketize cat cdist celu channel_shuffle chunk clamp clone column_stack concat concatenate constant_pad_nd
-    contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution copy copy_ cosine_similarity count_nonzero cross
-    cummax cummin cumprod cumsum detach detach_ diag diag_embed diagonal diff dot dropout einsum elu embedding embedding_bag empty empty_like expand
-    expand_as eye feature_dropout fill fill_ flatten flip fliplr flipud floor_divide frobenius_norm full full_like gather gelu glu grid_sampler
-    grid_sampler_2d group_norm gru hardsigmoid hardshrink hardswish hardtanh hstack huber_loss im2col col2im index index_add index_copy index_fill
-    index_put index_select inner instance_norm isclose kthvalue layer_norm leaky_relu lerp lift_fresh lift_fresh_copy linalg_norm linalg_vector_norm
-    linear linspace log_sigmoid log_softmax logcumsumexp logsumexp lstm lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell masked_fill masked_scatter
-    masked_select matmul matrix_power max max_pool1d max_pool2d max_pool3d max_pool2d_with_indices mean median meshgrid min mish mm mode movedim moveaxis
-    mul multiply mv nan_to_num nanmean nansum narrow native_batch_norm native_group_norm native_layer_norm new_empty new_full new_ones new_zeros nonzero
-    norm normalize numpy_T one_hot ones ones_like outer pad pairwise_distance permute pixel_shuffle pixel_unshuffle prelu prod rand_like randn_like
-    ravel reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 renorm repeat repeat_interleave replication_pad1d replication_pad2d
-    replication_pad3d reshape reshape_as resolve_conj resolve_neg rms_norm rnn_relu rnn_tanh roll rot90 rrelu rsub scalar_tensor
-    scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select select_copy select_scatter selu silu slice slice_copy
-    slice_scatter softmax softmin softplus softshrink sort special_expit split split_with_sizes squeeze stack std std_mean sub sum swapaxes swapdims
-    sym_numel sym_size sym_stride t take_along_dim tanhshrink tensor_split threshold tile to topk trace transpose tril triu true_divide type_as
-    unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
-    upsample_nearest2d upsample_nearest3d upsample_trilinear3d upsample_nearest_exact2d var var_mean view view_as vstack where zero zero_ zeros
-    zeros_like _adaptive_avg_pool2d _cdist_forward _convolution _euclidean_dist _fft_c2c _log_softmax _native_batch_norm_legit
-    _native_batch_norm_legit_no_training _shape_as_tensor _softmax _to_copy _trilinear _unsafe_view _weight_norm _weight_norm_interface __and__ __or__
-    __xor__ __lshift__ __rshift__ __iand__ __ior__ bitwise_and bitwise_or fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 view_as_real view_as_complex real imag
-    """.split()
-)
+_ORDINARY = """
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d addbmm addmv addr
+    alias align_tensors all any arange argmax argmin argsort as_strided atleast_1d atleast_2d avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm
+    bilinear block_diag bmm broadcast_tensors broadcast_to bucketize cat cdist celu channel_shuffle chunk clamp clone column_stack concat
+    concatenate constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution copy copy_
+    cosine_similarity count_nonzero cross cummax cummin cumprod cumsum detach detach_ diag diag_embed diagonal diff dot dropout einsum elu
+    embedding embedding_bag empty empty_like expand expand_as eye feature_dropout fill fill_ flatten flip fliplr flipud floor_divide
+    frobenius_norm full full_like gather gelu glu grid_sampler grid_sampler_2d group_norm gru hardsigmoid hardshrink hardswish hardtanh hstack
+    huber_loss im2col col2im index index_add index_copy index_fill index_put index_select inner instance_norm isclose kthvalue layer_norm
+    leaky_relu lerp lift_fresh lift_fresh_copy linalg_norm linalg_vector_norm linear linspace log_sigmoid log_softmax logcumsumexp logsumexp lstm
+    lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell masked_fill masked_scatter masked_select matmul matrix_power max max_pool1d max_pool2d
+    max_pool3d max_pool2d_with_indices mean median meshgrid min mish mm mode movedim moveaxis mul multiply mv nan_to_num nanmean nansum narrow
+    native_batch_norm native_group_norm native_layer_norm new_empty new_full new_ones new_zeros nonzero norm normalize numpy_T one_hot ones
+    ones_like outer pad pairwise_distance permute pixel_shuffle pixel_unshuffle prelu prod rand_like randn_like ravel reflection_pad1d
+    reflection_pad2d reflection_pad3d relu relu6 renorm repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape
+    reshape_as resolve_conj resolve_neg rms_norm rnn_relu rnn_tanh roll rot90 rrelu rsub scalar_tensor scaled_dot_product_attention scatter
+    scatter_add scatter_reduce searchsorted select select_copy select_scatter selu silu slice slice_copy slice_scatter softmax softmin softplus
+    softshrink sort special_expit split split_with_sizes squeeze stack std std_mean sub sum swapaxes swapdims sym_numel sym_size sym_stride t
+    take_along_dim tanhshrink tensor_split threshold tile to topk trace transpose tril triu true_divide type_as unbind unflatten unfold
+    unsafe_chunk unsafe_split unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d
+    upsample_nearest3d upsample_trilinear3d upsample_nearest_exact2d var var_mean view view_as vstack where zero zero_ zeros zeros_like
+    _adaptive_avg_pool2d _cdist_forward _convolution _euclidean_dist _fft_c2c _log_softmax _native_batch_norm_legit
+    _native_batch_norm_legit_no_training _shape_as_tensor _softmax _to_copy _trilinear _unsafe_view _weight_norm _weight_norm_interface __and__
+    __or__ __xor__ __lshift__ __rshift__ __iand__ __ior__ bitwise_and bitwise_or fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2
+    fft_irfft2 view_as_real view_as_complex real imag
+"""
+ORDINARY = frozenset(_ORDINARY.split())
 OPERATOR_NAMESPACES = ("aten", "downsize")
-FORBIDDEN = frozenset({"from_file", "set_", "set", "resize_", "resize", "_print", "_local_scalar_dense", "item", "data", "requires_grad_", "numpy_data"})
+FORBIDDEN = frozenset({"from_file", "set_", "set", "resize_", "resize", "_print", "_local_scalar_dense", "item", "data", "requires_grad_"})
 
 
 def allowed(target: object) -> bool:
@@ -70,7 +72,8 @@ def allowed(target: object) -> bool:
         if target.namespace != "aten" or name in FORBIDDEN:
             return False
         functional = name[:-1] if name.endswith("_") and not name.endswith("__") else name
-        return name in ORDINARY or functional in ORDINARY or bool({torch.Tag.core, torch.Tag.pointwise} & set(target.tags)) or _out_of_place(target, functional)
+        tagged = bool({torch.Tag.core, torch.Tag.pointwise} & set(target.tags))
+        return name in ORDINARY or functional in ORDINARY or tagged or _out_of_place(target, functional)
     return target in SYMBOLIC_NAME
 
 
@@ -104,7 +107,9 @@ def target_of(name: str) -> Any:
         overload = getattr(packet, parts[2], None) if isinstance(packet, torch._ops.OpOverloadPacket) else None
         if isinstance(overload, torch._ops.OpOverload) and allowed(overload):
             return overload
-    raise NetworkFileError(f"The file calls {name!r}, which is not an operator a Network may hold: the file is damaged or forged, or made by a newer version.")
+    raise NetworkFileError(
+        f"The file calls {name!r}, which is not an operator a Network may hold: it is damaged or forged, or made by a newer version."
+    )
 
 
 _TORCH_VALUES = {

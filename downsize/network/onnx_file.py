@@ -1,0 +1,203 @@
+"""A Network as an ONNX file: standard operators, real integer weights, and the structure of inputs and outputs in its metadata."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalIterable=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportIndexIssue=false, reportReturnType=false
+# (torch.fx and onnxscript type every argument as a union of everything)
+
+from __future__ import annotations
+
+import ast
+import collections
+import contextlib
+import io
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from onnxscript import ir
+from onnxscript import opset20 as op
+from torch.export import Dim, export
+
+from ..errors import ExportError
+from .lower import lower
+from .network import Network
+from .rewrite import aten, drop_identities, fold_batch_norm, fold_padding
+
+METADATA_KEY = "downsize.io"
+# protobuf cannot hold more in one file.
+LARGEST_FILE = 2**31 - 2**20
+ours = torch.ops.downsize
+
+
+def _quantize(x, scale, zero_point):
+    return op.QuantizeLinear(x, scale, zero_point)
+
+
+def _dequantize(q, scale, zero_point, axis=None):
+    return op.DequantizeLinear(q, scale, zero_point) if axis is None else op.DequantizeLinear(q, scale, zero_point, axis=axis)
+
+
+def _quantized_embedding(q, scale, index):
+    return op.Mul(op.Cast(op.Gather(q, index), to=1), op.Gather(scale, index))
+
+
+def _dynamic_linear(x, q, scale):
+    codes, x_scale, x_zero = op.DynamicQuantizeLinear(x)
+    return op.Mul(op.Cast(op.MatMulInteger(codes, q, x_zero), to=1), op.Mul(x_scale, scale))
+
+
+def _global_average(x, output_size):
+    return op.GlobalAveragePool(x)
+
+
+TRANSLATIONS = {
+    ours.quantize.default: _quantize,
+    ours.dequantize.default: _dequantize,
+    ours.quantized_embedding.default: _quantized_embedding,
+    ours.dynamic_linear.default: _dynamic_linear,
+}
+
+
+def write(network: Network, path: str | Path) -> None:
+    """Write ``network`` to ``path`` as one ONNX file (opset 20), whole or not at all; batch and other open dimensions stay open.
+
+    Raises:
+        ExportError: naming the operator that ONNX cannot say and the user's source line.
+    """
+    model = to_onnx(network)
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        ir.save(model, temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def to_onnx(network: Network) -> ir.Model:
+    """The ONNX form of ``network``, in memory, sharing its tensors."""
+    size = sum(tensor.numel() * tensor.element_size() for _, tensor in network.named_tensors())
+    if size > LARGEST_FILE:
+        raise ExportError(f"The network holds {size / 1e9:.1f} GB; one ONNX file holds at most 2 GB. Compress it first, or split it.")
+    lowered = network.fork().eval()
+    drop_identities(lowered)
+    fold_batch_norm(lowered)
+    fold_padding(lowered)
+    lower(lowered)
+    outputs = next(node for node in lowered.graph.nodes if node.op == "output").args[0]
+    names = [port.name for port in network.ports], [f"output{i}" if len(outputs) > 1 else "output" for i in range(len(outputs))]
+    with _quiet():
+        program = _export(lowered)
+        try:
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=names[0],
+                output_names=names[1],
+                custom_translation_table=_translations(lowered),
+                verbose=False,
+            )
+        except Exception as error:
+            raise ExportError(_explain(error, lowered)) from error
+    assert made is not None
+    _finish(made.model, network, names)
+    return made.model
+
+
+def _translations(network: Network) -> dict[Any, Any]:
+    """Our operators, and global average pooling as one operator (integer kernels exist for it, not for ReduceMean)."""
+    pools = [node for node in network.graph.nodes if node.target is aten.adaptive_avg_pool2d.default]
+    every_global = all(list(node.args[1]) == [1, 1] for node in pools)
+    return {**TRANSLATIONS, **({aten.adaptive_avg_pool2d.default: _global_average} if pools and every_global else {})}
+
+
+def _export(network: Network) -> torch.export.ExportedProgram:
+    for node in network.graph.nodes:
+        # The exporter hands this on to the nodes it makes; it is how their names come to tell the user's modules.
+        node.meta["nn_module_stack"] = {"": ("", "Module"), "module": (node.meta.get("module", ""), "Module")}
+    examples = []
+    for port in network.ports:
+        # Export takes a size of 1 as a constant.
+        sizes = [max(size, 2) if isinstance(dim, str) else size for dim, size in zip(port.dims, port.example, strict=True)]
+        examples.append(torch.zeros(sizes, dtype=port.dtype))
+    shapes = tuple({d: Dim.AUTO for d, dim in enumerate(port.dims) if isinstance(dim, str)} for port in network.ports)
+    try:
+        with torch.no_grad():
+            return export(network.graph_module, tuple(examples), dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise ExportError(_explain(error, network)) from error
+
+
+def _explain(error: BaseException, network: Network) -> str:
+    causes: list[BaseException] = []
+    seen: BaseException | None = error
+    while seen is not None and seen not in causes:
+        causes.append(seen)
+        seen = seen.__cause__
+    text = " ".join(str(cause) for cause in causes)
+    named = [node for node in network.graph.nodes if node.op == "call_function" and f"%{node.name} " in text]
+    where = f" at {named[-1].target} in {named[-1].meta.get('module') or 'the model'}\n  {named[-1].meta.get('source', '')}" if named else ""
+    last = str(causes[-1]).strip().splitlines()
+    return (
+        f"The network cannot be written as ONNX{where}\n{type(causes[-1]).__name__}: {last[0] if last else ''}\nWrite that part with other operators."
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own prints, log lines and warnings off the user's screen; errors still come as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.onnx._internal.exporter._registration")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _finish(model: ir.Model, network: Network, names: tuple[list[str], list[str]]) -> None:
+    """Name the open dimensions, drop what only costs bytes, and write the structure of inputs and outputs into the metadata.
+
+    A node is named ``<the user's module path>:<operator>_<number>``, so that a profile of the file can be told by modules.
+    """
+    for value, port in zip(model.graph.inputs, network.ports, strict=True):
+        value.shape = ir.Shape(list(port.dims))
+    count: collections.Counter[str] = collections.Counter()
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        count[node.op_type] += 1
+        node.name = f"{scopes[-2] if len(scopes) > 2 else ''}:{node.op_type}_{count[node.op_type]}"
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape, value.type = None, None
+    for value in [*model.graph.initializers.values(), *model.graph.inputs]:
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.metadata_props[METADATA_KEY] = json.dumps(
+        {
+            "version": 1,
+            "inputs": network.inputs,
+            "outputs": network.outputs,
+            "input_names": names[0],
+            "output_names": names[1],
+            "input_shapes": [list(port.dims) for port in network.ports],
+            "input_dtypes": [str(port.dtype).removeprefix("torch.") for port in network.ports],
+        }
+    )
+    model.producer_name, model.producer_version, model.doc_string = "downsize", None, None

@@ -1,0 +1,158 @@
+"""One pass over calibration data: what every post-training solver needs to know about the tensors of a Network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import TaskError
+from .network import Network, batch_of
+
+Hook = Callable[[tuple[Any, ...], Any], Any]
+# Half the bins lie on each side of zero; the histogram's range is a power of two and doubles by merging neighbours.
+BINS = 8192
+# A tensor with more elements than this is sampled evenly for its histogram; its extremes are always exact.
+HISTOGRAM_ELEMENTS = 2**18
+# Inputs are run in pieces of about this many elements, so that calibration needs little more memory than one sample does.
+CHUNK_ELEMENTS = 2**18
+
+
+class _Walk(fx.Interpreter):
+    def __init__(self, network: Network, hooks: Mapping[fx.Node, Hook]) -> None:
+        super().__init__(network.graph_module, garbage_collect_values=True)
+        self.hooks = hooks
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        hook = self.hooks.get(n)
+        if hook is None:
+            return value
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        replaced = hook(args, value)
+        return value if replaced is None else replaced
+
+
+def walk(network: Network, leaves: list[Tensor], hooks: Mapping[fx.Node, Hook]) -> tuple[Tensor, ...]:
+    """Run the graph on flat inputs, without gradients, calling ``hooks[node](args, value)`` behind each node named there.
+
+    A hook that returns something replaces the node's value. Tensors are freed after their last reader. Returns the flat outputs.
+    """
+    with torch.no_grad():
+        return _Walk(network, hooks).run(*leaves, enable_io_processing=False)
+
+
+def chunks(network: Network, batches: Iterable[Any], samples: int | None = None) -> Iterator[list[Tensor]]:
+    """Flat inputs of at most ``samples`` samples, in pieces small enough to keep activations in memory.
+
+    Raises:
+        TaskError: the data is empty, or an input has NaN or infinite values.
+    """
+    left = samples
+    seen = 0
+    for number, (inputs, _) in enumerate(batches):
+        leaves = network.flat(inputs)
+        for port, leaf in zip(network.ports, leaves, strict=True):
+            if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+                raise TaskError(f"Calibration batch {number}: input {port.name} has NaN or infinite values; expected finite ones: clean the data.")
+        size = _batch_size(network, leaves)
+        if size is None:
+            yield leaves
+            seen += 1
+            continue
+        size = size if left is None else min(size, left)
+        step = max(1, CHUNK_ELEMENTS // max(1, max(leaf.numel() // max(1, leaf.shape[0]) for leaf in leaves if leaf.dim())))
+        for start in range(0, size, step):
+            yield batch_of(tuple(leaves), list(range(start, min(start + step, size))))
+            seen += 1
+        if left is not None:
+            left -= size
+            if left <= 0:
+                break
+    if not seen:
+        raise TaskError("The calibration data is empty; expected at least one batch of (inputs, targets).")
+
+
+def _batch_size(network: Network, leaves: list[Tensor]) -> int | None:
+    sizes = [leaf.shape[0] for leaf, port in zip(leaves, network.ports, strict=True) if port.dims and port.dims[0] == "batch"]
+    return sizes[0] if sizes else None
+
+
+@dataclass
+class Distribution:
+    """Exact extremes and a histogram of a tensor's values over the calibration data.
+
+    ``counts[i]`` counts values in ``[-limit + i * width, -limit + (i + 1) * width)`` with ``width = 2 * limit / BINS``.
+    """
+
+    low: float = float("inf")
+    high: float = float("-inf")
+    limit: float = 0.0
+    counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
+
+    def add(self, value: Tensor) -> None:
+        """Take in a tensor of any shape."""
+        if not value.numel():
+            return
+        low, high = (float(v) for v in torch.aminmax(value))
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        extreme = max(abs(self.low), abs(self.high), 1e-30)
+        if self.limit == 0.0:
+            self.limit = 2.0 ** torch.tensor(extreme).log2().ceil().item()
+        while extreme > self.limit:
+            merged = self.counts.reshape(-1, 2).sum(1)
+            self.counts.zero_()
+            self.counts[BINS // 4 : 3 * BINS // 4] = merged
+            self.limit *= 2.0
+        flat = value.detach().reshape(-1)
+        if flat.numel() > HISTOGRAM_ELEMENTS:
+            flat = flat[:: flat.numel() // HISTOGRAM_ELEMENTS + 1]
+        self.counts += torch.histc(flat.float(), BINS, -self.limit, self.limit).double()
+
+    def centers(self) -> Tensor:
+        """The middle of every bin."""
+        width = 2 * self.limit / BINS
+        return -self.limit + width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
+
+
+def distributions(network: Network, pieces: Iterable[list[Tensor]], nodes: Iterable[fx.Node]) -> dict[fx.Node, Distribution]:
+    """The distribution of every node's value over the pieces (see :func:`chunks`). Memory: one piece's activations, and 64 kB a node.
+
+    Raises:
+        TaskError: a value is NaN or infinite.
+    """
+    found = {node: Distribution() for node in nodes}
+    hooks: dict[fx.Node, Hook] = {node: _recorder(distribution) for node, distribution in found.items()}
+    for leaves in pieces:
+        walk(network, leaves, hooks)
+    for node, distribution in found.items():
+        if not (torch.isfinite(torch.tensor([distribution.low, distribution.high])).all()):
+            where = node.meta.get("module") or "the model"
+            raise TaskError(f"{node.name} ({where}) takes NaN or infinite values on the calibration data: the model or the data is broken.")
+    return found
+
+
+def _recorder(distribution: Distribution) -> Hook:
+    def record(args: tuple[Any, ...], value: Any) -> None:
+        distribution.add(value)
+
+    return record
+
+
+def shapes(network: Network) -> dict[fx.Node, tuple[int, ...]]:
+    """The shape of every tensor node at the example's sizes."""
+    found: dict[fx.Node, tuple[int, ...]] = {}
+
+    def recorder(node: fx.Node) -> Hook:
+        def record(args: tuple[Any, ...], value: Any) -> None:
+            if isinstance(value, Tensor):
+                found[node] = tuple(value.shape)
+
+        return record
+
+    leaves = [torch.zeros(port.example, dtype=port.dtype) for port in network.ports]
+    walk(network, leaves, {node: recorder(node) for node in network.graph.nodes})
+    return found

@@ -1,0 +1,1 @@
+"""What quantization techniques share: where quantizers belong, their ranges, equalization and bias correction."""

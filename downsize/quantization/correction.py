@@ -1,0 +1,79 @@
+"""Bias correction: give every quantized layer back the mean output that quantization took from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..network.network import Network
+from ..network.rewrite import argument, constant, set_bias
+from ..network.statistics import walk
+from .insertion import settle_weights
+from .placement import WEIGHT_LAYERS
+
+
+def correct_biases(reference: Network, quantized: Network, data: Iterable[list[Tensor]], rounds: int = 2) -> None:
+    """Shift the biases of ``quantized`` so that every layer's mean output, per channel, is the reference's (Nagel et al. 2019, arXiv 1906.04721).
+
+    The empirical form, in the network as it runs: while samples pass through, each layer's running mean error is taken off at once, so
+    that the layers behind it see corrected inputs. ``data`` is walked ``rounds`` times; the last round's means decide.
+    Layers are matched by node name; those whose output has no channel mean (nothing to average) are left.
+    """
+    pieces = list(data)
+    running = settle_weights(quantized)
+    names = {node.name: node for node in running.graph.nodes if node.target in WEIGHT_LAYERS and WEIGHT_LAYERS[node.target][2] is not None}
+    references = {node.name: node for node in reference.graph.nodes if node.name in names}
+    means = _reference_means(reference, list(references.values()), pieces)
+    corrections: dict[str, Tensor] = {}
+    for _ in range(rounds):
+        sums = {name: torch.zeros(1) for name in references}
+        for number, leaves in enumerate(pieces):
+            hooks = {names[name]: _shift(names[name], sums, corrections, means[name][number], number) for name in references}
+            walk(running, leaves, hooks)
+    twins = {node.name: node for node in quantized.graph.nodes}
+    for name, correction in corrections.items():
+        node = twins[name]
+        position = WEIGHT_LAYERS[node.target][2]
+        assert position is not None
+        bias = constant(quantized, argument(node, position, "bias"))
+        set_bias(quantized, node, correction if bias is None else bias.detach() + correction, position)
+    quantized.recompile()
+
+
+def channel_means(node: fx.Node, value: Tensor) -> Tensor:
+    """The mean of a layer's output over everything but its channels: [channels]."""
+    axis = channel_axis(node, value)
+    return value.transpose(0, axis).flatten(1).mean(1)
+
+
+def channel_axis(node: fx.Node, value: Tensor) -> int:
+    """The dimension of a layer's output that its bias runs along."""
+    return 1 if str(node.target).startswith("aten.conv") and value.dim() > 2 else value.dim() - 1
+
+
+def _reference_means(reference: Network, nodes: list[fx.Node], pieces: list[list[Tensor]]) -> dict[str, list[Tensor]]:
+    means: dict[str, list[Tensor]] = {node.name: [] for node in nodes}
+
+    def recorder(node: fx.Node) -> Any:
+        return lambda args, value: means[node.name].append(channel_means(node, value))
+
+    for leaves in pieces:
+        walk(reference, leaves, {node: recorder(node) for node in nodes})
+    return means
+
+
+def _shift(node: fx.Node, sums: dict[str, Tensor], corrections: dict[str, Tensor], wanted: Tensor, number: int) -> Any:
+    """A hook that updates the layer's running correction with this piece and applies it to the piece."""
+    name = node.name
+
+    def apply(args: tuple[Any, ...], value: Tensor) -> Tensor:
+        sums[name] = sums[name] + (wanted - channel_means(node, value))
+        corrections[name] = sums[name] / (number + 1)
+        shape = [1] * value.dim()
+        shape[channel_axis(node, value)] = -1
+        return value + corrections[name].reshape(shape)
+
+    return apply

@@ -1,0 +1,163 @@
+"""int8 quantization after training: static, dynamic, or of the weights alone."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import TaskError
+from ..network.network import Network
+from ..network.rewrite import aten, drop_identities, fold_batch_norm, fold_padding
+from ..network.statistics import chunks, distributions, walk
+from ..numerics.grids import SYMMETRIC_INT8, UINT8
+from ..quantization.correction import correct_biases
+from ..quantization.equalization import equalize
+from ..quantization.insertion import quantize_activations, quantize_dynamically, quantize_weights, settle_weights
+from ..quantization.placement import Placement, place
+from ..quantization.ranges import ESTIMATORS, Range, candidates, choose
+from ..spec import frozen
+from ..task import Task
+
+Pieces = list[list[Tensor]]
+# How many pieces (of one sample or a few) are enough to compare choices, and to average output means over.
+TRIAL_PIECES = 8
+CORRECTION_PIECES = 64
+
+
+@frozen
+class Quantize:
+    """Make weights and activations int8.
+
+    ``quantize()`` folds batch norms, measures every activation on the calibration data, tries several ranges for each and keeps the one
+    with the least error in the layers that read it, equalizes channels where that helps, and corrects the biases. Choices are judged on
+    ``holdout`` samples that the ranges were not measured on, and the plain choice (full ranges, no correction) is kept when it is better.
+
+    Fields:
+        activations: ``static`` (ranges measured now: CNNs, and transformers that must be fast everywhere), ``dynamic`` (ranges measured
+            at every run, linear layers only: fast in ONNX Runtime alone), ``none`` (only weights: a quarter of the bytes, no faster).
+        ranges: which range estimators compete: minmax, percentile, mse, entropy.
+        samples: calibration samples used at most. ``holdout``: of these, how many judge the choices.
+        equalize: try cross-layer equalization. ``correct``: correct biases.
+        embeddings: quantize embedding tables too, one scale a row.
+
+    Example: ``quantize(activations='static', samples=128)``.
+    """
+
+    activations: Literal["static", "dynamic", "none"] = "static"
+    ranges: tuple[Literal["minmax", "percentile", "mse", "entropy"], ...] = field(default=ESTIMATORS)
+    samples: int = 200
+    holdout: int = 16
+    equalize: bool = True
+    correct: bool = True
+    embeddings: bool = True
+
+    def __call__(self, network: Network, task: Task) -> Network:
+        """The quantized network: the same function with fake quantizers in it, which a runtime's export turns into integers.
+
+        Raises:
+            TaskError: no calibration data, or NaN in it or in what the network makes of it.
+        """
+        plain = network.fork().eval()
+        drop_identities(plain)
+        fold_batch_norm(plain)
+        fold_padding(plain)
+        if self.activations != "static":
+            return self._weights_only(plain)
+        pieces = self._split(plain, task)
+        judge = Judge(plain, pieces[1])
+        if self.equalize:
+            plain = self._equalized(plain, pieces, judge)
+        made = self._static(plain, pieces, judge)
+        made.origin["quantized"] = "int8 static"
+        return made
+
+    def _split(self, network: Network, task: Task) -> tuple[Pieces, Pieces]:
+        """Calibration inputs to measure on, and others, spread evenly among them, to judge by."""
+        pieces = list(chunks(network, task.batches("calibrate"), self.samples))
+        if len(pieces) < 2:
+            return pieces, pieces
+        every = max(2, len(pieces) // max(1, min(self.holdout, len(pieces) // 2)))
+        return [p for i, p in enumerate(pieces) if i % every], pieces[::every]
+
+    def _equalized(self, plain: Network, pieces: tuple[Pieces, Pieces], judge: Judge) -> Network:
+        """The network with equalized channels, if plain rounding of it on full ranges loses less; else as it came."""
+        balanced = plain.fork()
+        if not equalize(balanced):
+            return plain
+        losses = []
+        for network in (plain, balanced):
+            placement = place(network)
+            measured = distributions(network, pieces[0][:TRIAL_PIECES], _own(placement))
+            losses.append(judge(self._build(network, placement, {node: (d.low, d.high) for node, d in measured.items()})))
+        return balanced if losses[1] < losses[0] else plain
+
+    def _static(self, plain: Network, pieces: tuple[Pieces, Pieces], judge: Judge) -> Network:
+        fit, held = pieces
+        placement = place(plain)
+        if not placement.layers:
+            raise TaskError("The network has no convolution or linear layer with a constant weight: there is nothing to quantize.")
+        measured = distributions(plain, fit, _own(placement))
+        options = {node: candidates(found, UINT8, self.ranges) for node, found in measured.items()}
+        chosen = choose(plain, placement.activations, options, held[:TRIAL_PIECES], UINT8)
+        full = {node: ranges[0] for node, ranges in options.items()}
+        trials = [self._build(plain, placement, ranges) for ranges in ([full, chosen] if "minmax" in self.ranges else [chosen])]
+        best, loss = min(((trial, judge(trial)) for trial in trials), key=lambda pair: pair[1])
+        if self.correct:
+            corrected = best.fork()
+            correct_biases(plain, corrected, fit[:CORRECTION_PIECES])
+            best = corrected if judge(corrected) < loss else best
+        return best
+
+    def _build(self, plain: Network, placement: Placement, ranges: dict[fx.Node, Range]) -> Network:
+        made = plain.fork()
+        moved = placement.on(made)
+        by_name = {node.name: bounds for node, bounds in ranges.items()}
+        quantize_activations(made, moved, {node: by_name[node.name] for node in _own(moved)}, UINT8)
+        quantize_weights(made, self._tables(made, moved), SYMMETRIC_INT8)
+        made.recompile()
+        return made
+
+    def _tables(self, network: Network, placement: Placement) -> list[Any]:
+        def is_table(node: fx.Node) -> bool:
+            return all(user.target is aten.embedding.default for user in node.users)
+
+        return [point for point in placement.weights if self.embeddings or not is_table(point.node)]
+
+    def _weights_only(self, plain: Network) -> Network:
+        placement = place(plain)
+        if self.activations == "dynamic":
+            linear = [layer for layer in placement.layers if layer.target is aten.linear.default]
+            if not linear:
+                raise TaskError("The network has no linear layer; dynamic quantization is for those: use quantize(activations='static').")
+            quantize_dynamically(plain, placement, linear)
+        quantize_weights(plain, self._tables(plain, placement), SYMMETRIC_INT8)
+        plain.recompile()
+        plain.origin["quantized"] = f"int8 {self.activations}"
+        return plain
+
+
+class Judge:
+    """How far a network's outputs are from the reference's on held-back data: sum |other - reference|^2 / sum |reference|^2."""
+
+    def __init__(self, reference: Network, data: Pieces) -> None:
+        self.data = data
+        self.expected = [walk(reference, leaves, {}) for leaves in data]
+
+    def __call__(self, other: Network) -> float:
+        """The squared relative error, a fraction."""
+        settled = settle_weights(other)
+        error = norm = 0.0
+        for leaves, outputs in zip(self.data, self.expected, strict=True):
+            for one, two in zip(outputs, walk(settled, leaves, {}), strict=True):
+                if one.is_floating_point():
+                    finite = torch.isfinite(one)
+                    error += float((two - one)[finite].double().square().sum())
+                    norm += float(one[finite].double().square().sum())
+        return error / max(norm, 1e-30)
+
+
+def _own(placement: Placement) -> list[fx.Node]:
+    return [point.node for point in placement.activations if point.like is None]
