@@ -148,7 +148,7 @@ def checksum(graph: str, tensors: dict[str, Tensor]) -> str:
         tensor = tensors[name].detach().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         if tensor.numel():
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()
 
 

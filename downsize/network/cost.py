@@ -1,0 +1,148 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalSubscript=false
+"""What a Network costs by arithmetic: multiply-accumulates, parameters and bytes, node by node, and what was not counted.
+
+One MAC is one multiplication with its addition; FLOPs are 2 x MACs. Only products count (convolutions, linear layers, matrix products,
+attention, recurrent cells); elementwise operators, normalisations, pooling and look-ups are listed as not counted, never silently dropped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor, fx
+from torch.nn import Parameter
+
+from .network import Network
+from .rewrite import aten
+from .statistics import Hook, walk
+
+Shape = tuple[int, ...]
+# Operators that move or view data, or make shapes: nothing to count, nothing to report.
+_FREE = """
+    view reshape flatten permute transpose squeeze unsqueeze contiguous expand expand_as clone detach alias slice select split
+    split_with_sizes chunk cat stack pad constant_pad_nd dropout sym_size arange to _to_copy zeros ones full new_ones new_zeros empty t
+    numpy_T unbind getitem unflatten repeat roll lift_fresh_copy type_as
+    """
+FREE = frozenset(_FREE.split())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator: its node, the user's module path and source line, and its cost for the inputs that were given.
+
+    ``parameters`` counts the elements of the trainable tensors it reads, ``bytes`` those of all its constant tensors (running statistics
+    too); a tensor read twice is counted at its first reader.
+    """
+
+    node: str
+    module: str
+    source: str
+    operator: str
+    macs: int
+    parameters: int
+    bytes: int
+    output_shape: Shape
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one run on the given inputs. ``not_counted`` maps operators that compute something else to how often they occur."""
+
+    rows: tuple[Row, ...]
+    macs: int
+    flops: int
+    parameters: int
+    bytes: int
+    not_counted: dict[str, int]
+
+
+def _convolution(args: tuple[Any, ...], output: Tensor) -> int:
+    weight = args[1]
+    return output.numel() * prod(weight.shape[1:])
+
+
+def _transposed(args: tuple[Any, ...], output: Tensor) -> int:
+    # Every input position meets the whole kernel of its group.
+    return args[0].numel() * prod(args[1].shape[1:])
+
+
+def _linear(args: tuple[Any, ...], output: Tensor) -> int:
+    return output.numel() * args[1].shape[-1]
+
+
+def _product(left: int) -> Callable[[tuple[Any, ...], Tensor], int]:
+    def count(args: tuple[Any, ...], output: Tensor) -> int:
+        return output.numel() * args[left].shape[-1]
+
+    return count
+
+
+def _attention(args: tuple[Any, ...], output: Tensor) -> int:
+    query, key, value = args[:3]
+    return prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _recurrent(args: tuple[Any, ...], output: Any) -> int:
+    # Every time step meets every matrix of every layer and direction once.
+    weights = next(a for a in args[1:] if isinstance(a, (tuple, list)) and len(a) > 2)
+    return prod(args[0].shape[:-1]) * sum(prod(w.shape) for w in weights if w.dim() == 2)
+
+
+COUNTED: dict[object, Callable[[tuple[Any, ...], Any], int]] = {
+    aten.conv1d.default: _convolution, aten.conv2d.default: _convolution, aten.conv3d.default: _convolution,
+    aten.conv_transpose1d.default: _transposed, aten.conv_transpose2d.input: _transposed, aten.conv_transpose3d.input: _transposed,
+    aten.linear.default: _linear,
+    aten.matmul.default: _product(0), aten.bmm.default: _product(0), aten.mm.default: _product(0), aten.mv.default: _product(0),
+    aten.addmm.default: _product(1), aten.baddbmm.default: _product(1),
+    aten.scaled_dot_product_attention.default: _attention,
+    aten.lstm.input: _recurrent, aten.gru.input: _recurrent, aten.rnn_tanh.input: _recurrent, aten.rnn_relu.input: _recurrent,
+}  # fmt: skip
+
+
+def count(network: Network, inputs: Any) -> Cost:
+    """Count one run of ``network`` on ``inputs`` (as a batch gives them).
+
+    Raises:
+        ArtifactError: the inputs do not fit the network.
+    """
+    rows: list[Row] = []
+    not_counted: Counter[str] = Counter()
+    owned = _first_readers(network)
+
+    def recorder(node: fx.Node) -> Hook:
+        def record(args: tuple[Any, ...], value: Any) -> None:
+            tensors = [network.tensor(name) for name in owned.get(node, ())]
+            macs = COUNTED[node.target](args, value) if node.target in COUNTED else 0
+            name = _short(node)
+            if node.target not in COUNTED and name not in FREE and isinstance(value, Tensor):
+                not_counted[name] += 1
+            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+            sizes = sum(t.numel() for t in tensors if isinstance(t, Parameter)), sum(t.numel() * t.element_size() for t in tensors)
+            rows.append(Row(node.name, node.meta.get("module", ""), node.meta.get("source", ""), name, macs, *sizes, shape))
+
+        return record
+
+    walk(network, network.flat(inputs), {node: recorder(node) for node in network.graph.nodes if node.op == "call_function"})
+    macs = sum(row.macs for row in rows)
+    return Cost(tuple(rows), macs, 2 * macs, sum(r.parameters for r in rows), sum(r.bytes for r in rows), dict(not_counted.most_common()))
+
+
+def _short(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.split("::")[1] if schema is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def _first_readers(network: Network) -> dict[fx.Node, list[str]]:
+    """For every operator the constant tensors it is the first to read."""
+    seen: set[int] = set()
+    owned: dict[fx.Node, list[str]] = {}
+    for node in network.graph.nodes:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and id(network.tensor(source.target)) not in seen:
+                seen.add(id(network.tensor(source.target)))
+                owned.setdefault(node, []).append(source.target)
+    return owned
