@@ -1,6 +1,6 @@
 """Make an exported graph plain: no contexts, no assertions, no needless in-place operators, and metadata that reports can show."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false  (torch.fx types every argument as a union of everything)
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
