@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import RunError
+from .facts import VERSION
 from .lock import Lock
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def code_version() -> str:
         if relative.parts[0] not in BYTE_NEUTRAL:
             digest.update(f"{relative.as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return "; ".join(
-        [f"downsize {_version('downsize')} {digest.hexdigest()[:KEY_LENGTH]}"] + [f"{name} {_version(name)}" for name in BYTE_DECIDING_LIBRARIES]
+        [f"downsize {VERSION} {digest.hexdigest()[:KEY_LENGTH]}"] + [f"{name} {_version(name)}" for name in BYTE_DECIDING_LIBRARIES]
     )
 
 

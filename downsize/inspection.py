@@ -15,7 +15,7 @@ import numpy as np
 
 from .errors import ArtifactError
 from .facts import Agreement, Measurement
-from .measure import latency, memory, per_operator, size
+from .measure import energy, latency, memory, per_operator, size
 from .measure.process import label
 from .runtimes import OperatorTime, Session, open_artifact, require
 from .structure import Structure, unflatten
@@ -30,7 +30,12 @@ OUTSIDE = "(no layer)"  # what the runtime adds itself, such as changes of memor
 PASSED_ON = ("DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Reshape", "Identity", "Unsqueeze")
 HEAVY = ("Conv", "Gemm", "MatMul", "Pool", "LSTM", "GRU", "Softmax", "LayerNorm", "Gather")
 SEVERAL_NAMES = {"FullyConnected": ("Gemm", "MatMul"), "Convolution": ("Conv",), "GroupConvolution": ("Conv",), "Gemm": ("Gemm", "MatMul")}
-UNCOUNTED = ("LSTM", "GRU", "RNN", "Einsum", "Attention", "If", "Loop", "Scan")
+COUNTED = ("Conv", "Gemm", "MatMul")
+# They move data or make shapes: nothing to count, nothing to report.
+FREE = (
+    *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Cast", "Concat", "Split", "Slice", "Expand", "Pad", "Shape"),
+    *("Constant", "ConstantOfShape", "Range", "Dropout", "Tile", "DepthToSpace", "SpaceToDepth"),
+)
 STEPS_BACK = 8
 INT64 = 7  # TensorProto.INT64
 
@@ -224,11 +229,9 @@ class FileGraph:
         return node
 
     def macs(self, node: Node) -> int | None:
-        """Multiply-accumulates of a node; 0 for those without products of weights or activations, None where no rule is known."""
-        if node.operator in UNCOUNTED:
-            return None
-        if not any(kind in node.operator for kind in ("Conv", "Gemm", "MatMul")):
-            return 0
+        """Multiply-accumulates of a node: 0 where it only moves data, None where there is no rule or no shape to count by."""
+        if not any(kind in node.operator for kind in COUNTED):
+            return 0 if node.operator in FREE else None
         left, out = self.shapes.get(node.inputs[0]), self.shapes.get(node.outputs[0])
         weight = self.shapes.get(node.inputs[3 if node.operator.startswith("QLinear") else 1])
         if not left or not out or not weight:
@@ -250,6 +253,20 @@ class FileGraph:
             elements = math.prod(weight.dims)
             layers.of(node.module if node else "").add("", elements if self._is_parameter(name) else 0, bytes=_bytes_of(weight, elements))
         return dict(not_counted)
+
+    def macs_by_type(self) -> dict[str, int]:
+        """Multiply-accumulates by the type that they are computed in: int8 where both operands are decoded from 8 bits, else float32."""
+        macs = {"int8": 0, "float32": 0}
+        for node in self.nodes:
+            makers = [self.makers.get(name) for name in node.inputs[:2]]
+            decoded = all(maker is not None and maker.operator == "DequantizeLinear" for maker in makers)
+            integer = decoded or "Integer" in node.operator or node.operator.startswith("QLinear")
+            macs["int8" if integer else "float32"] += self.macs(node) or 0
+        return macs
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, which one call reads at least once."""
+        return sum(_bytes_of(weight, math.prod(weight.dims)) for weight in self.weights.values())
 
     def _is_parameter(self, name: str) -> bool:
         """Scales, zero points, bounds and the whole numbers that hold shapes and axes are not parameters of the model."""
@@ -335,7 +352,7 @@ def made_up_inputs(session: Session, batch: int, length: int) -> dict[str, np.nd
 def measure_file(
     path: Path, target: Target, task_file: str | None, baseline: Path | None, seconds: float, length: int = 128
 ) -> tuple[dict[str, Measurement], Agreement | None]:
-    """The numbers of one file: size, latency (and its ratio to ``baseline``), memory; with a task its score beside the original's.
+    """The numbers of one file: size, latency (and its ratio to ``baseline``), memory, energy; with a task its score beside the original's.
 
     Raises:
         ArtifactError: the file cannot be opened or does not fit the task's inputs. TaskError: the task cannot be used.
@@ -354,5 +371,8 @@ def measure_file(
         found = judge(task.predict, session, task.score, task.batches(task.verdict_role))
         scores, agreement = found.measurements, found.agreement
     where = (inputs, target.runtime, target.threads)
-    numbers = {"size": size(path), **latency(path, *where, baseline=baseline, seconds=seconds), "memory": memory(path, *where), **scores}
-    return numbers, agreement
+    shapes = dict(zip(session.input_names, (array.shape for array in session.arrays(inputs)), strict=True))
+    graph = FileGraph(path, shapes)
+    numbers = {"size": size(path), **latency(path, *where, baseline=baseline, seconds=seconds), "memory": memory(path, *where)}
+    numbers["energy"] = energy(graph.macs_by_type(), graph.weight_bytes(), path, *where)
+    return {**numbers, **scores}, agreement

@@ -11,7 +11,7 @@ from .bench import Bench, digest_of_model, tensor_bytes
 from .candidates import best_of, explained, needs_speed, recipes_for, why_not_worth_it
 from .engine import Run
 from .errors import DownsizeError, RunError, TargetError
-from .facts import Artifact, Attempt, Measurement, Report, Verdict, made_by, to_json
+from .facts import Artifact, Attempt, Measurement, Report, Verdict, from_json, made_by, to_json
 from .progress import Progress
 from .recipe import Recipe
 from .runtimes import require
@@ -19,7 +19,8 @@ from .spec import fields_of
 from .target import Target, show
 from .task import Task
 
-ORIGINAL = "original"
+ORIGINAL, FINAL = "original", "final"
+REPORT = "report.json"
 TRIAL_SECONDS = 3.0
 FINAL_SECONDS = 6.0
 
@@ -86,7 +87,8 @@ class Search:
         self.file = f"model{bench.runtime.suffix}"
         artifact = Artifact.of(bench.baseline, bench.runtime.name)
         self.attempts = [Attempt(ORIGINAL, "", artifact, bench.weigh(bench.baseline), None, None, False, "")]
-        self._keep(self.attempts[0])
+        self.earlier, self.kept = self._names_of_earlier(), ""
+        self._keep()
         bench.run.keep(bench.baseline, f"baseline{bench.runtime.suffix}")
         self.floor = floor_note(bench, self.attempts[0].measurements["size"])
 
@@ -102,26 +104,29 @@ class Search:
             self._add(self._try(Recipe.parse(text)))
 
     def finish(self) -> Result:
-        """Measure the chosen file once more, on the data for the verdict, and write the report."""
-        chosen = self._chosen()
+        """Measure the chosen file once more, on the data for the verdict, and write the report; that attempt is its last."""
+        chosen, task = self._chosen(), self.bench.task
+        self.earlier = set()
+        self._keep()
         path = self.bench.run.folder / self.file
         self.bench.progress.say(f"chosen: {chosen.name}; measuring it for the verdict")
-        found = {**chosen.measurements, **self.bench.time(path, FINAL_SECONDS)}
-        agreement, role = chosen.agreement, self.bench.task.verdict_role
-        if role != self.bench.task.choice_role:
-            scores, agreement = self.bench.judge(path, role)
-            found = {**{f"choice_{name}": found[name] for name in scores if name in found}, **found, **scores}
-        verdict = self._verdict(found)
-        artifact = Artifact.of(path, self.bench.runtime.name)
-        rows = self._explained(chosen)
-        report = self._report([replace(row, measurements=found, agreement=agreement, verdict=verdict) if row.taken else row for row in rows], verdict)
+        found, agreement = {**chosen.measurements, **self.bench.time(path, FINAL_SECONDS)}, chosen.agreement
+        if task.verdict_role != task.choice_role:
+            scores, agreement = self.bench.judge(path, task.verdict_role)
+            found |= scores
+        artifact, verdict = Artifact.of(path, self.bench.runtime.name), self._verdict(found)
+        reason = f"{chosen.name} measured again, its score on the data for {task.verdict_role!r}"
+        final = Attempt(FINAL, chosen.recipe, artifact, found, agreement, verdict, True, reason)
+        report = self._report([*self._explained(chosen), final], chosen, verdict)
         return Result(verdict, artifact, report)
 
     def leave(self) -> None:
-        """Write the report of what there is when a run ends before its end."""
+        """Write the report of what there is when a run ends before its end; an earlier call that came further keeps its own."""
+        if not self._overtaken():
+            return
         chosen = self._chosen()
         rows = [replace(row, reason=f"the best when the run was stopped; {row.reason}") if row.taken else row for row in self._explained(chosen)]
-        self._report(rows, chosen.verdict or self._verdict(chosen.measurements))
+        self._report(rows, chosen, chosen.verdict or self._verdict(chosen.measurements))
 
     def _try(self, recipe: Recipe) -> Attempt:
         """One of our own recipes: that it cannot be built or run here is a finding, not the end."""
@@ -153,11 +158,9 @@ class Search:
         return replace(verdict, relaxation=f"{verdict.relaxation} {self.floor}") if self.floor and "size" in missed else verdict
 
     def _add(self, attempt: Attempt) -> None:
-        before = self._chosen()
         self.attempts.append(attempt)
         self.bench.progress.say(f"{attempt.name}: {summary(attempt)}")
-        if self._chosen() is not before:
-            self._keep(self._chosen())
+        self._keep()
 
     def _chosen(self) -> Attempt:
         return self.attempts[-1] if self.only is not None else best_of(self.attempts, self.bench.target)
@@ -169,14 +172,29 @@ class Search:
             replace(row, taken=row is chosen, reason="the recipe that was asked for" if row is chosen else "for comparison") for row in self.attempts
         ]
 
-    def _keep(self, attempt: Attempt) -> None:
-        assert attempt.artifact is not None
-        self.bench.run.keep(attempt.artifact.path, self.file)
+    def _names_of_earlier(self) -> set[str]:
+        """The recipes that an earlier call had tried when it ended; its file and report stay until all of them are measured again."""
+        if self.only is not None or not (self.bench.run.folder / self.file).exists():
+            return set()
+        try:
+            report = from_json(Report, (self.bench.run.folder / REPORT).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RunError):
+            return set()
+        return {attempt.name for attempt in report.attempts} - {FINAL}
 
-    def _report(self, rows: Sequence[Attempt], verdict: Verdict) -> Report:
-        chosen = next(row.name for row in rows if row.taken)
-        report = Report(self.bench.task.name, self.bench.target, rows[0], tuple(rows[1:]), chosen, verdict, made_by())
-        self.bench.run.write("report.json", to_json(report) + "\n")
+    def _overtaken(self) -> bool:
+        return self.earlier <= {attempt.name for attempt in self.attempts}
+
+    def _keep(self) -> None:
+        """Put the best file so far into its place."""
+        best = self._chosen().artifact
+        if best is not None and best.sha256 != self.kept and self._overtaken():
+            self.bench.run.keep(best.path, self.file)
+            self.kept = best.sha256
+
+    def _report(self, rows: Sequence[Attempt], chosen: Attempt, verdict: Verdict) -> Report:
+        report = Report(self.bench.task.name, self.bench.target, rows[0], tuple(rows[1:]), chosen.name, verdict, made_by())
+        self.bench.run.write(REPORT, to_json(report) + "\n")
         return report
 
 

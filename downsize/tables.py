@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .inspection import Inspection, Layer
     from .runtimes import Runtime
 
+GRIDS = ("QuantizeLinear", "DequantizeLinear")  # they are fused away; shown only where a layer has nothing else
+
 
 def result_text(report: Report) -> Group:
     """All attempts with their numbers, why each was taken or not, and the verdict."""
@@ -36,15 +38,20 @@ def verdict_text(verdict: Verdict) -> Text:
 
 
 def _value(numbers: Mapping[str, Measurement], name: str) -> str:
-    return show(numbers[name].value, numbers[name].unit) if name in numbers else "-"
+    return _plain(numbers[name].value, numbers[name].unit) if name in numbers else "-"
+
+
+def _plain(value: float, unit: str) -> str:
+    """A value without the last rounding errors: a fraction of 1e-12 is 0 %."""
+    return show(round(value, 7) if unit == "fraction" else value, unit)
 
 
 def _with_interval(numbers: Mapping[str, Measurement], name: str) -> str:
     if name not in numbers:
         return "-"
     found = numbers[name]
-    bounds = "" if found.low is None or found.high is None else f" ({show(found.low, found.unit)} to {show(found.high, found.unit)})"
-    return show(found.value, found.unit) + bounds
+    bounds = "" if found.low is None or found.high is None else f" ({_plain(found.low, found.unit)} to {_plain(found.high, found.unit)})"
+    return _plain(found.value, found.unit) + bounds
 
 
 def _agreement(row: Attempt) -> str:
@@ -100,4 +107,5 @@ def inspection_table(found: Inspection) -> Group:
 def _layer_cells(layer: Layer, seconds: float) -> list[str]:
     macs = "-" if layer.macs is None else f"{layer.macs:,}"
     time, share = ("-", "") if layer.seconds is None else (f"{layer.seconds * 1e3:.3f}", f"{layer.seconds / seconds:.1%}" if seconds else "")
-    return [layer.module, ", ".join(layer.operators), f"{layer.parameters:,}", macs, f"{layer.bytes:,}", time, share]
+    operators = [name for name in layer.operators if name not in GRIDS] or layer.operators
+    return [layer.module, ", ".join(operators), f"{layer.parameters:,}", macs, f"{layer.bytes:,}", time, share]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -14,7 +15,7 @@ import downsize as ds
 @functools.cache
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     """Images [1797, 1, 8, 8] in 0..1 and their classes [1797], in a fixed random order."""
-    data = load_digits()
+    data: Any = load_digits()
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
     return (torch.tensor(data.images, dtype=torch.float32)[:, None] / 16)[order], torch.tensor(data.target)[order]
 

@@ -192,8 +192,9 @@ def test_fit_makes_a_file_whose_numbers_are_true(tmp_path: Path) -> None:
     assert result.artifact.path == path and result.verdict.met
     report = from_json(Report, (tmp_path / "run" / "report.json").read_text())
     assert report == result.report
-    taken = next(row for row in (report.baseline, *report.attempts) if row.taken)
-    assert taken.name == report.chosen != "original"
+    taken = report.attempts[-1]
+    assert taken.name == "final" and taken.verdict == result.verdict
+    assert [row.name for row in report.attempts[:-1] if row.taken] == [report.chosen]
     assert taken.measurements["size"].value == path.stat().st_size <= 60_000 < (tmp_path / "run" / "baseline.onnx").stat().st_size
     with torch.no_grad():
         original = float((mlp()(images).argmax(1) == classes).double().mean())
@@ -222,7 +223,7 @@ def test_a_size_out_of_reach_is_told_and_the_nearest_file_is_left(tmp_path: Path
 def test_run_builds_the_users_recipe_whether_or_not_it_pays(tmp_path: Path) -> None:
     result = ds.run(task_of(mlp()), "quantize(activations='none')", Target(size="1 MB"), tmp_path / "run")
     assert result.report.chosen == "quantize(activations='none')"
-    assert [row.name for row in result.report.attempts] == ["quantize(activations='none')"]
+    assert [row.name for row in result.report.attempts] == ["quantize(activations='none')", "final"]
     assert result.artifact.bytes < result.report.baseline.measurements["size"].value
 
 
@@ -244,6 +245,15 @@ def test_an_interruption_leaves_the_best_file_and_its_report_and_the_next_call_g
     assert report.chosen == "quantize()" and "when the run was stopped" in report.attempts[0].reason
     assert (tmp_path / "run" / "model.onnx").read_bytes() == Path(report.attempts[0].artifact.path).read_bytes()  # type: ignore[union-attr]
     assert not (tmp_path / "run" / "lock").exists()
+    files = {name: (tmp_path / "run" / name).read_bytes() for name in ("model.onnx", "report.json")}
+
+    def at_once(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench.Bench, "judge", at_once)  # stopped again, earlier than the first time: nothing may be lost
+    with pytest.raises(KeyboardInterrupt):
+        ds.fit(task_of(mlp()), target, tmp_path / "run")
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in files} == files
     monkeypatch.undo()
 
     from downsize.techniques import TECHNIQUES
@@ -253,7 +263,7 @@ def test_an_interruption_leaves_the_best_file_and_its_report_and_the_next_call_g
     monkeypatch.setattr(planner, "TRIAL_SECONDS", 0.2)
     monkeypatch.setattr(planner, "FINAL_SECONDS", 0.2)
     result = ds.fit(task_of(mlp()), target, tmp_path / "run")
-    assert len(result.report.attempts) == 3 and "static" not in built and "dynamic" in built
+    assert len(result.report.attempts) == 4 and "static" not in built and "dynamic" in built
 
 
 @pytest.mark.slow
