@@ -200,7 +200,7 @@ def test_an_unwritable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "open", refuse)  # the tests may run as root, whom no permission bits stop
-    with pytest.raises(RunError, match="cannot be written .*Permission denied"):
+    with pytest.raises(RunError, match=r"cannot be written .*Permission denied"):
         Run(tmp_path, IDENTITY)
 
 
@@ -263,7 +263,7 @@ def test_a_lock_of_an_earlier_process_with_the_same_number_is_stale(tmp_path: Pa
     (tmp_path / "lock").write_text(json.dumps({**lock, "started": "an earlier boot 17"}))
     Run(tmp_path, IDENTITY).close()
     (tmp_path / "lock").write_text(json.dumps({**lock, "host": "elsewhere"}))
-    with pytest.raises(RunError, match="on elsewhere.*delete"):
+    with pytest.raises(RunError, match=r"on elsewhere.*delete"):
         Run(tmp_path, IDENTITY)
 
 
