@@ -67,9 +67,7 @@ def code_version() -> str:
         relative = path.relative_to(package)
         if relative.parts[0] not in BYTE_NEUTRAL:
             digest.update(f"{relative.as_posix()}\0".encode() + path.read_bytes() + b"\0")
-    return "; ".join(
-        [f"downsize {VERSION} {digest.hexdigest()[:KEY_LENGTH]}"] + [f"{name} {_version(name)}" for name in BYTE_DECIDING_LIBRARIES]
-    )
+    return "; ".join([f"downsize {VERSION} {digest.hexdigest()[:KEY_LENGTH]}"] + [f"{name} {_version(name)}" for name in BYTE_DECIDING_LIBRARIES])
 
 
 def _version(name: str) -> str:
