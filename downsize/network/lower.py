@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from ..numerics import grids
 from .network import Network
 from .rewrite import add_constant, argument, constant, only_user
+from .statistics import shapes
 
 aten = torch.ops.aten
 ours = torch.ops.downsize
@@ -70,6 +71,9 @@ def _(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
 def lower(network: Network) -> None:
     """Replace the fake quantizers of ``network`` by integer constants and quantize/dequantize pairs, in place."""
     fakes = [node for node in network.graph.nodes if node.target is ours.fake_quantize.default]
+    for node, sizes in shapes(network).items() if fakes else ():
+        # A 2-D product is exported as Gemm, whose integer kernel wants the weight as it is.
+        node.meta["matrix"] = len(sizes) == 2
     weights = [fake for fake in fakes if constant(network, fake.args[0]) is not None]
     for fake in weights:
         _lower_weight(network, fake)

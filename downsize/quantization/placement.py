@@ -72,8 +72,6 @@ class Placement:
     def on(self, fork: Network) -> Placement:
         """The same decisions for a fork of the network they were made on."""
         twin = {node.name: node for node in fork.graph.nodes}
-        for layer in self.layers:
-            twin[layer.name].meta["matrix"] = layer.meta["matrix"]
         points = [
             Point(twin[p.node.name], None if p.readers is None else tuple(twin[r.name] for r in p.readers), p.like and twin[p.like.name])
             for p in self.activations
@@ -89,7 +87,6 @@ def place(network: Network) -> Placement:
     for node in network.graph.nodes:
         if node.target in WEIGHT_LAYERS and _weight(network, node, sizes) is not None:
             placement.layers.append(node)
-            node.meta["matrix"] = node.target is aten.linear.default and len(sizes.get(node, ())) == 2
     _weights(network, placement)
     flowing = _flow(network, set(placement.layers))
     placement.activations = [Point(node, None, like) for node, like in flowing.items()]
