@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -58,16 +59,24 @@ def best_of(attempts: Sequence[Attempt], target: Target) -> Attempt:
         idle = float(attempt is not baseline and why_not_worth_it(attempt, baseline) is not None)
         if resources:
             return (excess, idle, *loss_of(attempt), _shrink(attempt, baseline))
-        lossy = float(target.drop is None and loss_of(attempt)[0] > DROP_WITHOUT_LIMIT)
+        drop = attempt.measurements.get("drop")
+        lossy = float(target.drop is None and (drop is None or drop.value > DROP_WITHOUT_LIMIT))
         return (excess, lossy, idle, _shrink(attempt, baseline))
 
     return min(measured, key=order, default=baseline)
 
 
 def loss_of(attempt: Attempt) -> tuple[float, float]:
-    """What an attempt loses: the drop of the score (a gain counts as none, it is noise), then the relative error of the outputs."""
+    """What an attempt loses, as coarse as it is known: the drop of the score in steps of 0.1 %, then the outputs' error in powers of 2.
+
+    A gain counts as no drop: it is noise. Where two files lose the same, the smaller and faster one is better.
+    """
     drop = attempt.measurements.get("drop")
-    return (max(drop.value, 0.0) if drop else float("inf"), attempt.agreement.relative_error if attempt.agreement else float("inf"))
+    error = attempt.agreement.relative_error if attempt.agreement else float("inf")
+    return (
+        round(max(drop.value, 0.0), 3) if drop else float("inf"),
+        round(math.log2(error)) if 0 < error < float("inf") else error or -float("inf"),
+    )
 
 
 def _shrink(attempt: Attempt, baseline: Attempt) -> float:
@@ -90,7 +99,8 @@ def _reason(attempt: Attempt, chosen: Attempt, baseline: Attempt, target: Target
     if idle or missed:
         return "; ".join([*([idle] if idle else []), *missed])
     if any(limit.name in RESOURCES for limit in target.limits()):
-        return f"meets the limits, but loses more than {chosen.name}: {_loss_text(attempt)} against {_loss_text(chosen)}"
+        worse = "loses more than" if loss_of(attempt) > loss_of(chosen) else "loses as much and is not as small and fast as"
+        return f"meets the limits, but {worse} {chosen.name}: {_loss_text(attempt)} against {_loss_text(chosen)}"
     return f"keeps the score, but {chosen.name} is smaller and faster as a whole"
 
 

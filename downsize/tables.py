@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from .facts import Agreement, Attempt, Measurement, Report, Verdict
@@ -23,7 +23,7 @@ GRIDS = ("QuantizeLinear", "DequantizeLinear")  # they are fused away; shown onl
 def result_text(report: Report) -> Group:
     """All attempts with their numbers, why each was taken or not, and the verdict."""
     rows = [report.baseline, *report.attempts]
-    table = Table("", "file", "size", "latency", "ratio (95 %)", "drop (95 %)", "agreement", box=box.SIMPLE)
+    table = Table("", Column("file", overflow="fold"), "size", "latency", "ratio (95 %)", "drop (95 %)", "agreement", box=box.SIMPLE)
     for row in rows:
         numbers = row.measurements
         cells = [_value(numbers, "size"), _value(numbers, "latency"), _with_interval(numbers, "latency_ratio"), _with_interval(numbers, "drop")]

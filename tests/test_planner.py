@@ -66,6 +66,14 @@ def test_a_drop_below_zero_is_no_merit_and_the_output_error_decides() -> None:
     assert choice(Target(size="3 MB"), lucky, exact)[0] == "exact"
 
 
+def test_of_two_files_that_lose_the_same_the_smaller_and_faster_one_is_taken() -> None:
+    slow, fast = ("slow", 2.6, 0.9, 0.0101, 0.100), ("fast", 2.6, 0.5, 0.0104, 0.104)
+    name, reasons = choice(Target(size="3 MB"), slow, fast)
+    assert name == "fast"
+    assert "loses as much and is not as small and fast as fast" in reasons["slow"]
+    assert choice(Target(size="3 MB"), slow, ("fast", 2.6, 0.5, 0.02, 0.1))[0] == "slow"
+
+
 def test_the_original_is_taken_when_it_meets_the_limits() -> None:
     name, reasons = choice(Target(size="20 MB", drop="1 %"), STATIC, DYNAMIC)
     assert name == "original"
