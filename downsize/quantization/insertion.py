@@ -57,6 +57,11 @@ def quantize_dynamically(network: Network, placement: Placement, linear: list[fx
             insert_after(network, point.node, DYNAMIC, (), readers)
 
 
+def grid_of(fake: fx.Node) -> Grid:
+    """The grid of a ``fake_quantize`` node."""
+    return Grid(int(fake.args[4]), int(fake.args[5]))  # type: ignore[arg-type]
+
+
 def settle_weights(network: Network) -> Network:
     """A fork whose fake-quantized weights are constants already: the same outputs, without rounding them again at every run."""
     settled = network.fork()

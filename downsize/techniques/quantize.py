@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from ..quantization.equalization import equalize
 from ..quantization.insertion import quantize_activations, quantize_dynamically, quantize_weights, settle_weights
 from ..quantization.placement import Placement, place
 from ..quantization.ranges import ESTIMATORS, Range, candidates, choose
+from ..quantization.rounding import round_weights
+from ..quantization.smoothing import smooth
 from ..spec import frozen
 from ..task import Task
 
@@ -40,7 +43,7 @@ class Quantize:
             at every run, linear layers only: fast in ONNX Runtime alone), ``none`` (only weights: a quarter of the bytes, no faster).
         ranges: which range estimators compete: minmax, percentile, mse, entropy.
         samples: calibration samples used at most. ``holdout``: of these, how many judge the choices.
-        equalize: try cross-layer equalization. ``correct``: correct biases.
+        equalize: try cross-layer equalization. ``smooth``: try smoothing the inputs of linear layers. ``correct``: correct biases.
         embeddings: quantize embedding tables too, one scale a row.
 
     Example: ``quantize(activations='static', samples=128)``.
@@ -51,6 +54,8 @@ class Quantize:
     samples: int = 200
     holdout: int = 16
     equalize: bool = True
+    smooth: bool = True
+    rounding: Literal["nearest", "gptq"] = "gptq"
     correct: bool = True
     embeddings: bool = True
 
@@ -68,8 +73,8 @@ class Quantize:
             return self._weights_only(plain)
         pieces = self._split(plain, task)
         judge = Judge(plain, pieces[1])
-        if self.equalize:
-            plain = self._equalized(plain, pieces, judge)
+        for balance, wanted in ((_equalized, self.equalize), (_smoothed, self.smooth)):
+            plain = self._balanced(plain, balance, pieces, judge) if wanted else plain
         made = self._static(plain, pieces, judge)
         made.origin["quantized"] = "int8 static"
         return made
@@ -82,10 +87,10 @@ class Quantize:
         every = max(2, len(pieces) // max(1, min(self.holdout, len(pieces) // 2)))
         return [p for i, p in enumerate(pieces) if i % every], pieces[::every]
 
-    def _equalized(self, plain: Network, pieces: tuple[Pieces, Pieces], judge: Judge) -> Network:
-        """The network with equalized channels, if plain rounding of it on full ranges loses less; else as it came."""
+    def _balanced(self, plain: Network, balance: Callable[..., int], pieces: tuple[Pieces, Pieces], judge: Judge) -> Network:
+        """The network with its scales moved around by ``balance``, if plain rounding of it on full ranges then loses less; else as it came."""
         balanced = plain.fork()
-        if not equalize(balanced):
+        if not balance(balanced, pieces):
             return plain
         losses = []
         for network in (plain, balanced):
@@ -104,11 +109,12 @@ class Quantize:
         chosen = choose(plain, placement.activations, options, held[:TRIAL_PIECES], UINT8)
         full = {node: ranges[0] for node, ranges in options.items()}
         trials = [self._build(plain, placement, ranges) for ranges in ([full, chosen] if "minmax" in self.ranges else [chosen])]
-        best, loss = min(((trial, judge(trial)) for trial in trials), key=lambda pair: pair[1])
-        if self.correct:
-            corrected = best.fork()
-            correct_biases(plain, corrected, fit[:CORRECTION_PIECES])
-            best = corrected if judge(corrected) < loss else best
+        best = min(trials, key=judge)
+        for improve, wanted in ((round_weights, self.rounding == "gptq"), (correct_biases, self.correct)):
+            if wanted:
+                improved = best.fork()
+                improve(plain, improved, fit[:CORRECTION_PIECES])
+                best = min(best, improved, key=judge)
         return best
 
     def _build(self, plain: Network, placement: Placement, ranges: dict[fx.Node, Range]) -> Network:
@@ -157,6 +163,14 @@ class Judge:
                     error += float((two - one)[finite].double().square().sum())
                     norm += float(one[finite].double().square().sum())
         return error / max(norm, 1e-30)
+
+
+def _equalized(network: Network, pieces: tuple[Pieces, Pieces]) -> int:
+    return equalize(network)
+
+
+def _smoothed(network: Network, pieces: tuple[Pieces, Pieces]) -> int:
+    return smooth(network, place(network), pieces[0], pieces[1][:TRIAL_PIECES])
 
 
 def _own(placement: Placement) -> list[fx.Node]:

@@ -1,0 +1,121 @@
+"""Rounding of weights by the inputs they meet: Gram matrices of layer inputs, and GPTQ on them."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from ..network.network import Network
+from ..network.rewrite import argument, aten, constant, set_constant
+from ..network.statistics import walk
+from ..numerics.hessian import gptq
+from .insertion import FAKE, grid_of
+
+# Gram matrices held at a time, in elements: more layers take more passes over the data, not more memory.
+GRAM_ELEMENTS = 2**22
+# A convolution's input is taken from a window of this many output positions a side, which wanders over the image.
+WINDOW = 24
+
+
+def round_weights(reference: Network, quantized: Network, data: list[list[Tensor]]) -> None:
+    """Move the weights of ``quantized`` onto their grids by GPTQ, in place, with the inputs that the layers of ``reference`` meet.
+
+    Convolutions (1-D, 2-D, any groups) and linear layers whose weight is theirs alone; others keep rounding to nearest.
+    """
+    twins = {node.name: node for node in quantized.graph.nodes}
+    layers = [node for node in reference.graph.nodes if _can_round(node, twins.get(node.name))]
+    for group in _groups(reference, layers):
+        grams = _grams(reference, group, data)
+        for node in group:
+            _round(quantized, twins[node.name], grams.pop(node))
+
+
+def _can_round(node: fx.Node, twin: fx.Node | None) -> bool:
+    if twin is None or node.target not in (aten.conv1d.default, aten.conv2d.default, aten.linear.default):
+        return False
+    fake = twin.args[1]
+    per_row = isinstance(fake, fx.Node) and fake.target is FAKE and fake.args[3] == 0
+    padded = argument(node, 4, "padding", 0)
+    return per_row and len(fake.users) == 1 and len(fake.args[0].users) == 1 and not isinstance(padded, str)
+
+
+def _shape(network: Network, node: fx.Node) -> tuple[int, int, int]:
+    """Groups, rows a group and columns of a layer's weight as a matrix."""
+    weight = constant(network, node.args[1])
+    groups = 1 if node.target is aten.linear.default else int(argument(node, 6, "groups", 1))
+    return groups, weight.shape[0] // groups, weight[0].numel()
+
+
+def _groups(network: Network, layers: list[fx.Node]) -> list[list[fx.Node]]:
+    groups: list[list[fx.Node]] = []
+    room = 0
+    for node in layers:
+        count, _, columns = _shape(network, node)
+        if not groups or room < count * columns**2:
+            groups.append([])
+            room = GRAM_ELEMENTS
+        groups[-1].append(node)
+        room -= count * columns**2
+    return groups
+
+
+def _grams(network: Network, nodes: list[fx.Node], data: list[list[Tensor]]) -> dict[fx.Node, Tensor]:
+    grams = {}
+    for node in nodes:
+        groups, _, columns = _shape(network, node)
+        grams[node] = torch.zeros(groups, columns, columns)
+
+    def recorder(node: fx.Node) -> Any:
+        def record(args: tuple[Any, ...], value: Tensor) -> None:
+            rows = input_rows(node, args, grams[node].shape[0], record.visits)  # type: ignore[attr-defined]
+            record.visits += 1  # type: ignore[attr-defined]
+            grams[node] += rows @ rows.mT
+
+        record.visits = 0  # type: ignore[attr-defined]
+        return record
+
+    hooks = {node: recorder(node) for node in nodes}
+    for leaves in data:
+        walk(network, leaves, hooks)
+    return grams
+
+
+def input_rows(node: fx.Node, args: tuple[Any, ...], groups: int, visit: int) -> Tensor:
+    """What a layer's weight matrix is multiplied with: [groups, columns, positions]. Large images give one window, another at each visit."""
+    x, weight = args[0], args[1]
+    if node.target is aten.linear.default:
+        return x.reshape(1, -1, x.shape[-1]).mT
+    stride, padding, dilation = (
+        _pair(argument(node, i, name, default)) for i, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+    )
+    if x.dim() == 3:  # a 1-D convolution is a 2-D one of height 1
+        x, weight = x[:, :, None], weight[:, :, None]
+        stride, padding, dilation = (1, stride[0]), (0, padding[0]), (1, dilation[0])
+    x = functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    kernel = weight.shape[2:]
+    for d in (0, 1):
+        span = dilation[d] * (kernel[d] - 1) + 1
+        outputs = (x.shape[2 + d] - span) // stride[d] + 1
+        if outputs > WINDOW:
+            first = (visit * 7919) % (outputs - WINDOW + 1) * stride[d]
+            x = x.narrow(2 + d, first, (WINDOW - 1) * stride[d] + span)
+    columns = functional.unfold(x, kernel, dilation=dilation, stride=stride)
+    return columns.reshape(columns.shape[0], groups, -1, columns.shape[2]).permute(1, 2, 0, 3).flatten(2)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
+
+
+def _round(network: Network, layer: fx.Node, gram: Tensor) -> None:
+    fake = layer.args[1]
+    weight, scale = constant(network, fake.args[0]).detach(), constant(network, fake.args[1])
+    groups, rows, columns = gram.shape[0], weight.shape[0] // gram.shape[0], gram.shape[1]
+    rounded = gptq(weight.reshape(groups, rows, columns), gram, scale.reshape(groups, rows), grid_of(fake))
+    set_constant(network, fake.args[0], rounded.reshape(weight.shape))

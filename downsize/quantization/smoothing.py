@@ -1,0 +1,129 @@
+"""Smoothing: move the spread of an activation's channels into the weight that reads it, where that makes both easier to round.
+
+A linear layer computes ``x @ W.T = (x / s) @ (W * s).T`` for every positive ``s`` [channels]. With
+``s = max|x|^strength / max|W|^(1 - strength)`` outlier channels of ``x`` shrink (Xiao et al. 2023, arXiv 2211.10438). The factor stays in the
+graph as one multiplication before the quantizer, so it also serves where no normalisation could take it (post-norm transformers, GELU).
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..network.network import Network
+from ..network.rewrite import add_constant, aten, constant, insert_after, set_constant
+from ..network.statistics import walk
+from ..numerics import grids
+from ..numerics.grids import SYMMETRIC_INT8, UINT8
+from .insertion import extremes
+from .placement import Placement
+from .ranges import fake
+
+STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+# The multiplication costs time: it must take off at least this part of the layer's squared error.
+WORTH = 0.6
+
+
+def smooth(network: Network, placement: Placement, fit: list[list[Tensor]], held: list[list[Tensor]]) -> int:
+    """Smooth the inputs of linear layers where that lowers their output error on held-back data, in place; the function stays.
+
+    Returns how many inputs were smoothed. Layers that share an input share its factor.
+    """
+    groups = _groups(network, placement)
+    peaks = _channel_extremes(network, list(groups), fit)
+    options = {source: _factors(network, layers, peaks[source]) for source, layers in groups.items()}
+    errors = _errors(network, groups, options, peaks, held)
+    smoothed = 0
+    for source, layers in groups.items():
+        best = int(errors[source].argmin())
+        if best and float(errors[source][best]) < (1 - WORTH) * float(errors[source][0]):
+            _apply(network, source, layers, options[source][best])
+            smoothed += 1
+    network.recompile()
+    return smoothed
+
+
+def _groups(network: Network, placement: Placement) -> dict[fx.Node, list[fx.Node]]:
+    """Inputs read (for their quantized form) by linear layers alone, each with a weight of its own."""
+    found = {}
+    for point in placement.activations:
+        layers = list(point.readers or ())
+        alone = all(layer.target is aten.linear.default and layer.args[0] is point.node and len(layer.args[1].users) == 1 for layer in layers)
+        if layers and alone:
+            found[point.node] = layers
+    return found
+
+
+def _channel_extremes(network: Network, nodes: list[fx.Node], pieces: list[list[Tensor]]) -> dict[fx.Node, tuple[Tensor, Tensor]]:
+    """Per channel (the last dimension) the lowest and highest value over the data."""
+    found: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+
+    def recorder(node: fx.Node) -> Any:
+        def record(args: tuple[Any, ...], value: Tensor) -> None:
+            low, high = torch.aminmax(value.reshape(-1, value.shape[-1]), dim=0)
+            if node in found:
+                low, high = torch.minimum(low, found[node][0]), torch.maximum(high, found[node][1])
+            found[node] = low, high
+
+        return record
+
+    for leaves in pieces:
+        walk(network, leaves, {node: recorder(node) for node in nodes})
+    return found
+
+
+def _factors(network: Network, layers: list[fx.Node], peaks: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Candidate factors [channels]; the first is no smoothing."""
+    activation = torch.maximum(peaks[0].abs(), peaks[1].abs())
+    weight = torch.stack([extremes(constant(network, layer.args[1]).detach(), 1) for layer in layers]).amax(0)
+    usable = (activation > 0) & (weight > 0)
+    found = [torch.ones_like(activation)]
+    for strength in STRENGTHS:
+        factor = torch.where(usable, activation.clamp(min=1e-8) ** strength / weight.clamp(min=1e-8) ** (1 - strength), 1.0)
+        # Only the spread between channels matters: keep the factors around one.
+        found.append(torch.where(usable, factor / factor[usable].log().mean().exp(), 1.0) if bool(usable.any()) else factor)
+    return found
+
+
+def _errors(network: Network, groups: dict[fx.Node, list[fx.Node]], options: Any, peaks: Any, held: list[list[Tensor]]) -> dict[fx.Node, Tensor]:
+    """For every input the squared output error of its quantized layers, relative, under each candidate factor."""
+    errors = {source: torch.zeros(len(options[source])) for source in groups}
+    rounded = {
+        layer: [_rounded(constant(network, layer.args[1]).detach() * factor) for factor in options[source]]
+        for source, layers in groups.items()
+        for layer in layers
+    }
+
+    def recorder(source: fx.Node, layer: fx.Node) -> Any:
+        low, high = peaks[source]
+
+        def record(args: tuple[Any, ...], value: Tensor) -> None:
+            exact = torch.nn.functional.linear(args[0], args[1])
+            norm = float(exact.square().sum()) + 1e-30
+            for number, factor in enumerate(options[source]):
+                bounds = float((low / factor).min().clamp(max=0)), float((high / factor).max().clamp(min=0))
+                got = torch.nn.functional.linear(fake(args[0] / factor, bounds, UINT8), rounded[layer][number])
+                errors[source][number] += float((got - exact).square().sum()) / norm
+
+        return record
+
+    hooks = {layer: recorder(source, layer) for source, layers in groups.items() for layer in layers}
+    for leaves in held:
+        walk(network, leaves, hooks)
+    return errors
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    scale, zero_point = grids.symmetric(extremes(weight, 0), SYMMETRIC_INT8)
+    return grids.values(grids.codes(weight, scale, zero_point, 0, SYMMETRIC_INT8), scale, zero_point, 0)
+
+
+def _apply(network: Network, source: fx.Node, layers: list[fx.Node], factor: Tensor) -> None:
+    inverse = add_constant(network, f"{source.name}_smoothing", 1 / factor, layers[0])
+    insert_after(network, source, aten.mul.Tensor, (inverse,), layers)
+    for layer in layers:
+        set_constant(network, layer.args[1], constant(network, layer.args[1]).detach() * factor)
