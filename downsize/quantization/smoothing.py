@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from ..network.network import Network
 from ..network.rewrite import add_constant, aten, constant, insert_after, set_constant
@@ -24,6 +25,8 @@ from .placement import Placement
 from .ranges import fake
 
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+# Inputs of a layer that its error is judged on.
+ROWS = 1024
 # The multiplication costs time: it must take off at least this part of the layer's squared error.
 WORTH = 0.6
 
@@ -35,13 +38,14 @@ def smooth(network: Network, placement: Placement, fit: list[list[Tensor]], held
     """
     groups = _groups(network, placement)
     peaks = _channel_extremes(network, list(groups), fit)
-    options = {source: _factors(network, layers, peaks[source]) for source, layers in groups.items()}
-    errors = _errors(network, groups, options, peaks, held)
+    rows = _sample_rows(network, list(groups), held)
     smoothed = 0
     for source, layers in groups.items():
-        best = int(errors[source].argmin())
-        if best and float(errors[source][best]) < (1 - WORTH) * float(errors[source][0]):
-            _apply(network, source, layers, options[source][best])
+        options = _factors(network, layers, peaks[source])
+        errors = _errors(network, layers, options, peaks[source], rows.pop(source))
+        best = int(errors.argmin())
+        if best and float(errors[best]) < (1 - WORTH) * float(errors[0]):
+            _apply(network, source, layers, options[best])
             smoothed += 1
     network.recompile()
     return smoothed
@@ -89,31 +93,33 @@ def _factors(network: Network, layers: list[fx.Node], peaks: tuple[Tensor, Tenso
     return found
 
 
-def _errors(network: Network, groups: dict[fx.Node, list[fx.Node]], options: Any, peaks: Any, held: list[list[Tensor]]) -> dict[fx.Node, Tensor]:
-    """For every input the squared output error of its quantized layers, relative, under each candidate factor."""
-    errors = {source: torch.zeros(len(options[source])) for source in groups}
-    rounded = {
-        layer: [_rounded(constant(network, layer.args[1]).detach() * factor) for factor in options[source]]
-        for source, layers in groups.items()
-        for layer in layers
-    }
+def _sample_rows(network: Network, nodes: list[fx.Node], pieces: list[list[Tensor]]) -> dict[fx.Node, Tensor]:
+    """About ROWS inputs of every layer, evenly over the data: [rows, channels]."""
+    share = max(1, ROWS // max(1, len(pieces)))
+    found: dict[fx.Node, list[Tensor]] = {node: [] for node in nodes}
 
-    def recorder(source: fx.Node, layer: fx.Node) -> Any:
-        low, high = peaks[source]
-
+    def recorder(node: fx.Node) -> Any:
         def record(args: tuple[Any, ...], value: Tensor) -> None:
-            exact = torch.nn.functional.linear(args[0], args[1])
-            norm = float(exact.square().sum()) + 1e-30
-            for number, factor in enumerate(options[source]):
-                bounds = float((low / factor).min().clamp(max=0)), float((high / factor).max().clamp(min=0))
-                got = torch.nn.functional.linear(fake(args[0] / factor, bounds, UINT8), rounded[layer][number])
-                errors[source][number] += float((got - exact).square().sum()) / norm
+            rows = value.reshape(-1, value.shape[-1])
+            found[node].append(rows[:: max(1, rows.shape[0] // share)].clone())
 
         return record
 
-    hooks = {layer: recorder(source, layer) for source, layers in groups.items() for layer in layers}
-    for leaves in held:
-        walk(network, leaves, hooks)
+    for leaves in pieces:
+        walk(network, leaves, {node: recorder(node) for node in nodes})
+    return {node: torch.cat(rows) for node, rows in found.items()}
+
+
+def _errors(network: Network, layers: list[fx.Node], options: list[Tensor], peaks: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+    """The squared output error of the quantized layers, relative, under each candidate factor: [factors]."""
+    errors = torch.zeros(len(options))
+    for layer in layers:
+        weight = constant(network, layer.args[1]).detach()
+        exact = functional.linear(rows, weight)
+        for number, factor in enumerate(options):
+            bounds = float((peaks[0] / factor).min().clamp(max=0)), float((peaks[1] / factor).max().clamp(min=0))
+            got = functional.linear(fake(rows / factor, bounds, UINT8), _rounded(weight * factor))
+            errors[number] += float((got - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
     return errors
 
 
