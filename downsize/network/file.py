@@ -1,13 +1,14 @@
 """A Network as a file: one safetensors archive whose header holds the graph as JSON.
 
 Pickle-based archives run code when opened; this one is only read. A file is believed only after its checksum, its schema, every
-operator (``operators.py``), every argument's type, and a dry run on shapes have been checked.
+operator (``operators.py``), every name and argument, and a dry run on shapes (``trust.py``) have been checked.
 """
+
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 
 import hashlib
-import keyword
 import os
 import tempfile
 from pathlib import Path
@@ -18,18 +19,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import NetworkFileError
 from .operators import decode, encode, name_of, target_of
-from .parts import Port, assign
+from .parts import Port, assign, is_name
+from .trust import check_call, check_growth, check_structure, dry_run, is_node_name
 
 VERSION = 1
 KEY = "downsize.network"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, ser_json_inf_nan="constants")
 
 
 class NodeRecord(_Strict):
@@ -54,7 +55,7 @@ class PortRecord(_Strict):
 
 
 class NetworkRecord(_Strict):
-    """The whole header."""
+    """The whole header. ``aliases`` maps a further name of a tensor to its first; ``parameters`` says of each parameter whether it trains."""
 
     version: int
     nodes: list[NodeRecord]
@@ -62,7 +63,7 @@ class NetworkRecord(_Strict):
     outputs: dict[str, Any]
     ports: list[PortRecord]
     aliases: dict[str, str]
-    trainable: list[str]
+    parameters: dict[str, bool]
     origin: dict[str, Any]
 
 
@@ -104,14 +105,14 @@ def describe(network: Description, named: dict[str, Tensor]) -> tuple[str, dict[
         outputs=network.outputs,
         ports=[PortRecord(name=p.name, dtype=str(p.dtype).removeprefix("torch."), dims=list(p.dims), example=list(p.example)) for p in network.ports],
         aliases=aliases,
-        trainable=sorted(name for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad),
+        parameters={name: tensor.requires_grad for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)},
         origin=network.origin,
     )
     return record.model_dump_json(), tensors
 
 
 def _node_record(node: fx.Node) -> NodeRecord:
-    target = name_of(node.target) if node.op == "call_function" else str(node.target)
+    target = name_of(node.target) if node.op == "call_function" else node.name if node.op == "placeholder" else str(node.target)
     return NodeRecord(
         name=node.name,
         op=node.op,
@@ -124,21 +125,33 @@ def _node_record(node: fx.Node) -> NodeRecord:
 
 
 def save(network: Description, named: dict[str, Tensor], path: Path) -> None:
-    """Write a network to ``path`` through a temporary file beside it, so that the file is whole or absent."""
+    """Write a network to ``path`` through a temporary file beside it, so that the file is whole or absent.
+
+    Raises:
+        NetworkFileError: the file cannot be written.
+    """
     graph, tensors = describe(network, named)
     plain: dict[str, Tensor] = {}
+    storages: set[int] = set()
     for name, tensor in tensors.items():
         kept = tensor.detach().contiguous()
-        # Two tensors that are views of one storage are written apart: safetensors refuses shared memory.
-        plain[name] = kept.clone() if kept.untyped_storage().nbytes() != kept.numel() * kept.element_size() else kept
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+        # Tensors that are views of one storage are written apart: safetensors refuses shared memory.
+        storage = kept.untyped_storage()
+        shared = storage.nbytes() != kept.numel() * kept.element_size() or storage.data_ptr() in storages
+        storages.add(storage.data_ptr())
+        plain[name] = kept.clone() if shared else kept
+    temporary = None
     try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
         save_file(plain, temporary, metadata={KEY: graph, "sha256": checksum(graph, plain)})
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    except (OSError, SafetensorError) as error:
+        raise NetworkFileError(f"{path} cannot be written ({error}): give a folder that exists and can be written, with room.") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def checksum(graph: str, tensors: dict[str, Tensor]) -> str:
@@ -159,20 +172,25 @@ def load(path: Path) -> Loaded:
         NetworkFileError: it is missing, damaged, forged, or made by another version of the format.
     """
     graph, expected, tensors = _read(path)
-    if expected != checksum(graph, tensors):
-        raise NetworkFileError(f"{path} is damaged: its checksum does not match. Make it again, or copy it again from where it was made.")
     try:
-        record = NetworkRecord.model_validate_json(graph)
-    except ValidationError as error:
-        raise NetworkFileError(f"{path} is not a network of format {VERSION}: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}.") from None
-    if record.version != VERSION:
-        raise NetworkFileError(f"{path} has format {record.version}; this version of downsize reads {VERSION}: use the version that made it.")
-    try:
-        return _build(record, tensors)
+        if expected != checksum(graph, tensors):
+            raise NetworkFileError("its checksum does not match: it is damaged. Make it again, or copy it again from where it was made.")
+        return rebuild(graph, tensors)
     except NetworkFileError as error:
         raise NetworkFileError(f"{path}: {error}") from None
+
+
+def rebuild(graph: str, tensors: dict[str, Tensor]) -> Loaded:
+    """The inverse of :func:`describe`, with every check that a file gets. Raises NetworkFileError."""
+    try:
+        record = NetworkRecord.model_validate_json(graph)
+        if record.version != VERSION:
+            raise NetworkFileError(f"it has format {record.version}; this version of downsize reads {VERSION}: use the version that made it.")
+        return _build(record, tensors)
+    except ValidationError as error:
+        raise NetworkFileError(f"it is not a network of format {VERSION}: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}.") from None
     except RecursionError:
-        raise NetworkFileError(f"{path} is nested too deeply: it is damaged or forged.") from None
+        raise NetworkFileError("it is nested too deeply: it is damaged or forged.") from None
 
 
 def _read(path: Path) -> tuple[str, str, dict[str, Tensor]]:
@@ -191,40 +209,50 @@ def _read(path: Path) -> tuple[str, str, dict[str, Tensor]]:
 
 
 def _build(record: NetworkRecord, tensors: dict[str, Tensor]) -> Loaded:
+    ports = tuple(_port(item) for item in record.ports)
     named = _named_tensors(record, tensors)
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for item in record.nodes:
-        if not item.name.isidentifier() or keyword.iskeyword(item.name) or item.name in nodes:
+        if not is_node_name(item.name) or item.name in nodes:
             raise NetworkFileError(f"node {item.name!r} has a bad or repeated name: the file is damaged.")
         nodes[item.name] = _add(graph, item, nodes, named)
+        # torch.fx renames what would hide a name of its own.
+        if nodes[item.name].name != item.name:
+            raise NetworkFileError(f"node {item.name!r} has the name of something else: the file is damaged or forged.")
         nodes[item.name].meta = {"module": item.module, "source": item.source}
-    ports = tuple(_port(item) for item in record.ports)
-    if [n.op for n in graph.nodes].count("output") != 1 or [n.name for n in graph.nodes if n.op == "placeholder"] != [p.name for p in ports]:
+    inputs, operations = [n.name for n in graph.nodes if n.op == "placeholder"], [item.op for item in record.nodes]
+    if operations.count("output") != 1 or operations[-1] != "output" or inputs != [port.name for port in ports]:
         raise NetworkFileError("the inputs or outputs do not fit the graph: the file is damaged.")
+    check_structure(record.inputs, len(ports), "inputs")
+    check_structure(record.outputs, len(nodes[record.nodes[-1].name].args[0]), "outputs")
+    check_growth(graph)
     try:
-        module = fx.GraphModule(_root(named), graph)
         graph.lint()
-    except (RuntimeError, AttributeError, SyntaxError, ValueError, TypeError, KeyError) as error:
+        module = fx.GraphModule(_root(named), graph)
+    except (RuntimeError, AttributeError, SyntaxError, ValueError, TypeError, KeyError, AssertionError) as error:
         raise NetworkFileError(f"the graph is not whole ({error}): the file is damaged.") from None
-    made = Loaded(module, record.inputs, record.outputs, ports, record.origin)
-    _check_structures(made)
-    _dry_run(made)
-    return made
+    dry_run(module, ports)
+    return Loaded(module, record.inputs, record.outputs, ports, record.origin)
 
 
 def _named_tensors(record: NetworkRecord, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    named = {}
+    named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        _check_name(name)
-        if name in record.trainable and not tensor.is_floating_point():
+        trains = record.parameters.get(name, False)
+        if trains and not (tensor.is_floating_point() or tensor.is_complex()):
             raise NetworkFileError(f"tensor {name!r} is {tensor.dtype} and called trainable: the file is damaged.")
-        named[name] = torch.nn.Parameter(tensor) if name in record.trainable else tensor
+        named[name] = torch.nn.Parameter(tensor, requires_grad=trains) if name in record.parameters else tensor
     for name, first in record.aliases.items():
-        _check_name(name)
         if first not in tensors or name in tensors:
             raise NetworkFileError(f"tensor {name!r} is said to be the same as {first!r}: the file is damaged.")
         named[name] = named[first]
+    folders = {name[:i] for name in named for i, letter in enumerate(name) if letter == "."}
+    for name in named:
+        if not is_name(name) or name in folders:
+            raise NetworkFileError(f"tensor name {name!r} is not a name: the file is damaged.")
+    if unknown := set(record.parameters) - set(tensors):
+        raise NetworkFileError(f"parameter {sorted(unknown)[0]!r} is not in the file: it is damaged.")
     return named
 
 
@@ -235,17 +263,10 @@ def _root(named: dict[str, Tensor]) -> torch.nn.Module:
     return root
 
 
-def _check_name(name: str) -> None:
-    """Tensor names become attributes of modules: a name that would hide one of torch's own is refused."""
-    parts = name.split(".")
-    if not all(part and part.replace("_", "a").isalnum() for part in parts) or any(hasattr(torch.nn.Module, part) for part in parts):
-        raise NetworkFileError(f"tensor name {name!r} is not a name: the file is damaged.")
-
-
 def _port(item: PortRecord) -> Port:
     dtype = getattr(torch, item.dtype, None)
     sizes_fit = len(item.dims) == len(item.example) and all(
-        0 < size < 2**31 and (isinstance(d, str) or d == size) for d, size in zip(item.dims, item.example, strict=False)
+        0 < size < 2**31 and (is_node_name(d) if isinstance(d, str) else d == size) for d, size in zip(item.dims, item.example, strict=False)
     )
     if not isinstance(dtype, torch.dtype) or not sizes_fit:
         raise NetworkFileError(f"input {item.name!r} is {item.dtype}{item.dims}: the file is damaged.")
@@ -255,52 +276,18 @@ def _port(item: PortRecord) -> Port:
 def _add(graph: fx.Graph, item: NodeRecord, nodes: dict[str, fx.Node], tensors: dict[str, Tensor]) -> fx.Node:
     args = tuple(decode(value, nodes) for value in item.args)
     kwargs = {key: decode(value, nodes) for key, value in item.kwargs.items()}
-    if item.op == "placeholder":
+    if item.op == "call_function":
+        target = target_of(item.target)
+        check_call(target, args, kwargs)
+        return graph.create_node("call_function", target, args, kwargs, name=item.name)
+    if kwargs or (args and item.op != "output"):
+        raise NetworkFileError(f"node {item.name!r} has arguments that a {item.op!r} does not take: the file is damaged or forged.")
+    if item.op == "placeholder" and item.target == item.name:
         return graph.create_node("placeholder", item.name, (), {}, name=item.name)
-    if item.op == "get_attr":
-        if item.target not in tensors:
-            raise NetworkFileError(f"node {item.name!r} reads {item.target!r}, which is not in the file.")
+    if item.op == "get_attr" and item.target in tensors:
         return graph.create_node("get_attr", item.target, (), {}, name=item.name)
     if item.op == "output":
         if len(args) != 1 or not isinstance(args[0], tuple) or not all(isinstance(value, fx.Node) for value in args[0]):
             raise NetworkFileError("the output is not a tuple of nodes: the file is damaged.")
         return graph.create_node("output", "output", args, {}, name=item.name)
-    if item.op != "call_function":
-        raise NetworkFileError(f"node {item.name!r} is a {item.op!r}: the file is damaged or forged.")
-    return graph.create_node("call_function", target_of(item.target), args, kwargs, name=item.name)
-
-
-def _check_structures(network: Loaded) -> None:
-    outputs = next(node for node in network.graph_module.graph.nodes if node.op == "output").args[0]
-    for structure, count, what in ((network.inputs, len(network.ports), "inputs"), (network.outputs, len(outputs), "outputs")):  # type: ignore[arg-type]
-        if _count_tensors(structure) != count:
-            raise NetworkFileError(f"the structure of the {what} does not fit the graph: the file is damaged.")
-
-
-def _count_tensors(node: Any) -> int:
-    if not isinstance(node, dict) or node.get("kind") not in ("tensor", "constant", "tuple", "list", "dict"):
-        raise NetworkFileError(f"a structure reads {node!r}: the file is damaged.")
-    if node["kind"] in ("tensor", "constant"):
-        if set(node) != ({"kind"} if node["kind"] == "tensor" else {"kind", "value"}):
-            raise NetworkFileError(f"a structure reads {node!r}: the file is damaged.")
-        return int(node["kind"] == "tensor")
-    items = node.get("items")
-    keys = node.get("keys")
-    if not isinstance(items, list) or (node["kind"] == "dict") != isinstance(keys, list):
-        raise NetworkFileError(f"a structure reads {node!r}: the file is damaged.")
-    if isinstance(keys, list) and (len(keys) != len(items) or not all(isinstance(key, str) for key in keys)):
-        raise NetworkFileError(f"a structure reads {node!r}: the file is damaged.")
-    return sum(_count_tensors(item) for item in items)
-
-
-def _dry_run(network: Loaded) -> None:
-    """Run the graph on shapes alone: proves that every operator takes what it is given, without computing or allocating anything."""
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            leaves = [torch.empty(port.example, dtype=port.dtype) for port in network.ports]
-            results = network.graph_module(*leaves)
-    except Exception as error:  # every operator raises its own kinds
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise NetworkFileError(f"the graph does not run ({line}): the file is damaged or forged.") from None
-    if not all(isinstance(result, Tensor) for result in results):
-        raise NetworkFileError("an output is not a tensor: the file is damaged.")
+    raise NetworkFileError(f"node {item.name!r} is a {item.op!r} of {item.target!r}, which is not in the file: it is damaged or forged.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,11 @@ from . import file
 from .parts import Port, assign
 
 # Operators that behave differently in training: name -> position of their flag.
-TRAINING_FLAGS = {"aten.batch_norm.default": 5, "aten.dropout.default": 2, "aten.feature_dropout.default": 2, "aten.instance_norm.default": 5}
+TRAINING_FLAGS = {
+    **{f"aten.{name}.default": 2 for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")},
+    **{"aten.batch_norm.default": 5, "aten.instance_norm.default": 5},
+    **{f"aten.{name}.input": 6 for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+}
 
 
 @dataclass(eq=False)
@@ -63,13 +67,17 @@ class Network:
 
     def leaves(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
         """The tensors of ``(args, kwargs)`` in the graph's order, checked against the ports."""
-        found = select(self.inputs, [call[0], call[1]])
-        leaves = [leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf) for leaf in found]
+        leaves = [_as_tensor(leaf, port) for leaf, port in zip(select(self.inputs, [call[0], call[1]]), self.ports, strict=True)]
+        sizes: dict[str, tuple[int, Port]] = {}
         for leaf, port in zip(leaves, self.ports, strict=True):
             fits = leaf.dim() == len(port.dims) and all(isinstance(d, str) or d == size for d, size in zip(port.dims, leaf.shape, strict=True))
+            came = f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
             if not fits or leaf.dtype != port.dtype:
-                came = f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
                 raise ArtifactError(f"Input {port.name} is {came}; the network takes {port}.")
+            for dim, size in zip(port.dims, leaf.shape, strict=True):
+                other, first = sizes.setdefault(str(dim), (size, port))
+                if other != size:
+                    raise ArtifactError(f"Input {port.name} is {came}, so {dim} is {size}; input {first.name} has {other} there: give one size.")
         return leaves
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -82,7 +90,7 @@ class Network:
 
     def parameters(self) -> Iterator[Tensor]:
         """The trainable tensors, each once."""
-        return self.graph_module.parameters()
+        return (parameter for parameter in self.graph_module.parameters() if parameter.requires_grad)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name. Raises AttributeError if there is none."""
@@ -138,23 +146,35 @@ class Network:
         self.graph_module.recompile()
 
     def save(self, path: str | Path) -> None:
-        """Write it as one safetensors file (JSON graph in its header; no pickle), whole or not at all. See ``network/file.py``."""
-        self.eval()
+        """Write it, in evaluation mode, as one safetensors file (JSON graph in its header; no pickle), whole or not at all.
+
+        Raises NetworkFileError when the file cannot be written. See ``network/file.py``.
+        """
         file.save(self._description(), dict(self.named_tensors()), Path(path))
 
     @staticmethod
     def load(path: str | Path) -> Network:
         """Read what :meth:`save` wrote. Raises NetworkFileError when it is damaged, forged or from another version."""
-        network = Network(*file.load(Path(path)))
-        network.graph_module.recompile()
-        return network
+        return Network(*file.load(Path(path)))
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over the graph and every tensor: equal for a network and its saved and loaded copy."""
+        """sha256 (hex) over the graph in evaluation mode and every tensor: equal for a network and its saved and loaded copy."""
         return file.checksum(*file.describe(self._description(), dict(self.named_tensors())))
 
     def _description(self) -> file.Description:
-        return file.Description(self.graph, self.inputs, self.outputs, self.ports, self.origin)
+        return file.Description(self.fork().eval().graph, self.inputs, self.outputs, self.ports, self.origin)
+
+    def check(self) -> None:
+        """Raise NetworkFileError when it could not be saved and loaded again: an operator, argument or name has no place in a file."""
+        graph, tensors = file.describe(self._description(), dict(self.named_tensors()))
+        file.rebuild(graph, tensors)
+
+
+def _as_tensor(leaf: Any, port: Port) -> Tensor:
+    try:
+        return leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"Input {port.name} is no tensor: {error} The network takes {port}.") from None
 
 
 def batch_of(inputs: Any, rows: list[int] | Tensor) -> Any:
@@ -169,9 +189,11 @@ def batch_of(inputs: Any, rows: list[int] | Tensor) -> Any:
     def pick(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value[index] if value.dim() and value.shape[0] == size else value
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {key: pick(item) for key, item in value.items()}
-        return type(value)(pick(item) for item in value) if isinstance(value, (tuple, list)) else copy.copy(value)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(pick, value))
+        return type(value)(map(pick, value)) if isinstance(value, (tuple, list)) else copy.copy(value)
 
     return pick(inputs)
 
@@ -179,7 +201,7 @@ def batch_of(inputs: Any, rows: list[int] | Tensor) -> Any:
 def _tensors(tree: Any) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, dict):
+    elif isinstance(tree, Mapping):
         for item in tree.values():
             yield from _tensors(item)
     elif isinstance(tree, (tuple, list)):

@@ -52,7 +52,9 @@ _ORDINARY = """
     softshrink sort special_expit split split_with_sizes squeeze stack std std_mean sub sum swapaxes swapdims sym_numel sym_size sym_stride t
     take_along_dim tanhshrink tensor_split threshold tile to topk trace transpose tril triu true_divide type_as unbind unflatten unfold
     unsafe_chunk unsafe_split unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d
-    upsample_nearest3d upsample_trilinear3d upsample_nearest_exact2d var var_mean view view_as vstack where zero zero_ zeros zeros_like
+    upsample_nearest3d upsample_trilinear3d var var_mean view view_as vstack where zero zero_ zeros zeros_like
+    complex polar stft istft alpha_dropout feature_alpha_dropout tensordot kron vdot linalg_matmul chain_matmul hsplit vsplit dsplit dstack argwhere
+    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa quantile nanmedian
     _adaptive_avg_pool2d _cdist_forward _convolution _euclidean_dist _fft_c2c _log_softmax _native_batch_norm_legit
     _native_batch_norm_legit_no_training _shape_as_tensor _softmax _to_copy _trilinear _unsafe_view _weight_norm _weight_norm_interface __and__
     __or__ __xor__ __lshift__ __rshift__ __iand__ __ior__ bitwise_and bitwise_or fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2
@@ -69,7 +71,7 @@ def allowed(target: object) -> bool:
         name = target._schema.name.split("::")[1]
         if target.namespace == "downsize":
             return True
-        if target.namespace != "aten" or name in FORBIDDEN:
+        if target.namespace != "aten" or name in FORBIDDEN or any(argument.is_out for argument in target._schema.arguments):
             return False
         functional = name[:-1] if name.endswith("_") and not name.endswith("__") else name
         tagged = bool({torch.Tag.core, torch.Tag.pointwise} & set(target.tags))
@@ -147,7 +149,7 @@ def decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
         raise NetworkFileError(f"An argument reads {value!r}: the file is damaged.")
     ((kind, content),) = value.items()
     if kind == "node":
-        if content not in nodes:
+        if not isinstance(content, str) or content not in nodes:
             raise NetworkFileError(f"A node refers to {content!r}, which does not come before it: the file is damaged.")
         return nodes[content]
     if kind in ("list", "tuple", "slice") and isinstance(content, list):
