@@ -25,7 +25,8 @@ Shape = tuple[int, ...]
 _FREE = """
     view reshape flatten permute transpose squeeze unsqueeze contiguous expand expand_as clone detach alias slice select split
     split_with_sizes chunk cat stack pad constant_pad_nd dropout sym_size arange to _to_copy zeros ones full new_ones new_zeros empty t
-    numpy_T unbind getitem unflatten repeat roll lift_fresh_copy type_as
+    numpy_T unbind getitem unflatten repeat roll lift_fresh_copy type_as copy copy_ detach_ view_as reshape_as swapaxes swapdims movedim
+    new_full zeros_like ones_like full_like empty_like broadcast_to concat concatenate narrow tensor_split unsafe_chunk unsafe_split tile
     """
 FREE = frozenset(_FREE.split())
 
@@ -88,8 +89,29 @@ def _attention(args: tuple[Any, ...], output: Tensor) -> int:
 
 def _recurrent(args: tuple[Any, ...], output: Any) -> int:
     # Every time step meets every matrix of every layer and direction once.
-    weights = next(a for a in args[1:] if isinstance(a, (tuple, list)) and len(a) > 2)
-    return prod(args[0].shape[:-1]) * sum(prod(w.shape) for w in weights if w.dim() == 2)
+    return prod(args[0].shape[:-1]) * sum(prod(weight.shape) for weight in args[2] if weight.dim() == 2)
+
+
+def _inner(args: tuple[Any, ...], output: Tensor) -> int:
+    return args[0].numel()
+
+
+def _outer(args: tuple[Any, ...], output: Tensor) -> int:
+    return output.numel()
+
+
+def _einsum(args: tuple[Any, ...], output: Tensor) -> int:
+    """All indices of all operands together, each once: exact for two operands, for more what the plain sum over all of them takes."""
+    operands = args[1]
+    if len(operands) < 2:
+        return 0
+    sizes: dict[str, int] = {}
+    for term, operand in zip(args[0].replace(" ", "").split("->")[0].split(","), operands, strict=True):
+        before, dots, behind = term.partition("...")
+        hidden = [f".{i}" for i in range(operand.dim() - len(before) - len(behind), 0, -1)] if dots else []
+        for label, size in zip([*before, *hidden, *behind], operand.shape, strict=True):
+            sizes[label] = max(size, sizes.get(label, 1))
+    return prod(sizes.values())
 
 
 COUNTED: dict[object, Callable[[tuple[Any, ...], Any], int]] = {
@@ -97,7 +119,8 @@ COUNTED: dict[object, Callable[[tuple[Any, ...], Any], int]] = {
     aten.conv_transpose1d.default: _transposed, aten.conv_transpose2d.input: _transposed, aten.conv_transpose3d.input: _transposed,
     aten.linear.default: _linear,
     aten.matmul.default: _product(0), aten.bmm.default: _product(0), aten.mm.default: _product(0), aten.mv.default: _product(0),
-    aten.addmm.default: _product(1), aten.baddbmm.default: _product(1),
+    aten.addmm.default: _product(1), aten.baddbmm.default: _product(1), aten.addmv.default: _product(1),
+    aten.dot.default: _inner, aten.outer.default: _outer, aten.einsum.default: _einsum,
     aten.scaled_dot_product_attention.default: _attention,
     aten.lstm.input: _recurrent, aten.gru.input: _recurrent, aten.rnn_tanh.input: _recurrent, aten.rnn_relu.input: _recurrent,
 }  # fmt: skip
@@ -118,7 +141,7 @@ def count(network: Network, inputs: Any) -> Cost:
             tensors = [network.tensor(name) for name in owned.get(node, ())]
             macs = COUNTED[node.target](args, value) if node.target in COUNTED else 0
             name = _short(node)
-            if node.target not in COUNTED and name not in FREE and isinstance(value, Tensor):
+            if node.target not in COUNTED and name not in FREE and _tensors_in(value):
                 not_counted[name] += 1
             shape = tuple(value.shape) if isinstance(value, Tensor) else ()
             sizes = sum(t.numel() for t in tensors if isinstance(t, Parameter)), sum(t.numel() * t.element_size() for t in tensors)
@@ -129,6 +152,10 @@ def count(network: Network, inputs: Any) -> Cost:
     walk(network, network.flat(inputs), {node: recorder(node) for node in network.graph.nodes if node.op == "call_function"})
     macs = sum(row.macs for row in rows)
     return Cost(tuple(rows), macs, 2 * macs, sum(r.parameters for r in rows), sum(r.bytes for r in rows), dict(not_counted.most_common()))
+
+
+def _tensors_in(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value))
 
 
 def _short(node: fx.Node) -> str:

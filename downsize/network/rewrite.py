@@ -11,8 +11,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx
 
+from .memory import is_written
 from .network import Network
 from .parts import assign
+from .statistics import shapes
 
 aten = torch.ops.aten
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
@@ -94,53 +96,38 @@ def only_user(node: fx.Node) -> fx.Node | None:
 def drop_identities(network: Network) -> None:
     """Remove dropout that is switched off, and other operators that hand their input on."""
     for node in list(network.graph.nodes):
+        if node.op != "call_function" or node.target not in IDENTITIES:
+            continue
         switched_on = node.target in (aten.dropout.default, aten.feature_dropout.default) and argument(node, 2, "train")
-        if node.op == "call_function" and node.target in IDENTITIES and not switched_on and not _written(node):
+        # Where an in-place operator changes one of the two, a copy is not an identity.
+        if not switched_on and not is_written(node) and not is_written(node.args[0]):
             node.replace_all_uses_with(node.args[0])
             network.graph.erase_node(node)
     network.recompile()
 
 
-def _written(node: fx.Node) -> bool:
-    """Whether an in-place operator changes this node or its source: then a copy is not an identity."""
-    readers = [*node.users, *(node.args[0].users if isinstance(node.args[0], fx.Node) else ())]
-    return any(getattr(getattr(user.target, "_schema", None), "is_mutable", False) for user in readers)
-
-
 def fold_batch_norm(network: Network) -> int:
     """Fold every batch norm in evaluation that directly follows a convolution or linear layer into its weight and bias. Returns how many."""
     folded = 0
-    for node in list(network.graph.nodes):
-        if node.target is not aten.batch_norm.default or argument(node, 5, "training"):
-            continue
-        producer = node.args[0]
-        if isinstance(producer, fx.Node) and _foldable(network, producer, node):
-            _fold(network, producer, node)
+    norms = [node for node in network.graph.nodes if node.target is aten.batch_norm.default and not argument(node, 5, "training")]
+    behind_linear = any(getattr(norm.args[0], "target", None) is aten.linear.default for norm in norms)
+    sizes = shapes(network) if behind_linear else {}
+    for norm in norms:
+        producer = norm.args[0]
+        # A batch norm behind a linear layer of 3-D input normalises dimension 1, not the features.
+        if _foldable(network, producer, norm) and (producer.target is not aten.linear.default or len(sizes[producer]) == 2):
+            _fold(network, producer, norm)
             folded += 1
     network.recompile()
     return folded
 
 
 def _foldable(network: Network, producer: fx.Node, norm: fx.Node) -> bool:
-    ungrouped = producer.target in TRANSPOSED and argument(producer, 6, "groups", 1) == 1
-    known = producer.target in CONVOLUTIONS or producer.target is aten.linear.default or ungrouped
-    constants = [constant(network, producer.args[1]) if known else None, constant(network, norm.args[3]), constant(network, norm.args[4])]
-    # A batch norm behind a linear layer of 3-D input normalises dimension 1, not the features.
-    if producer.target is aten.linear.default and only_user(producer) is norm:
-        return all(c is not None for c in constants) and norm.meta.get("module", "") != "" and _is_matrix(producer)
-    return only_user(producer) is norm and all(c is not None for c in constants)
-
-
-def _is_matrix(producer: fx.Node) -> bool:
-    """Whether a linear layer's input is known to be 2-D: it comes from a flatten, a view to two sizes, or another such layer."""
-    source = producer.args[0]
-    while isinstance(source, fx.Node) and source.target in (aten.relu.default, aten.batch_norm.default, aten.dropout.default, aten.linear.default):
-        source = source.args[0]
-    if not isinstance(source, fx.Node):
+    if producer.target not in CONVOLUTIONS | TRANSPOSED | {aten.linear.default} or only_user(producer) is not norm:
         return False
-    if source.target is aten.flatten.using_ints:
-        return source.args[1:] in ((1,), (1, -1))
-    return source.target in (aten.view.default, aten.reshape.default) and len(source.args[1]) == 2
+    needed = [producer.args[1], norm.args[3], norm.args[4]]
+    optional = [argument(producer, 2, "bias"), argument(norm, 1, "weight"), argument(norm, 2, "bias")]
+    return all(constant(network, value) is not None for value in [*needed, *(value for value in optional if value is not None)])
 
 
 def _fold(network: Network, producer: fx.Node, norm: fx.Node) -> None:
@@ -151,33 +138,48 @@ def _fold(network: Network, producer: fx.Node, norm: fx.Node) -> None:
     weight, bias = producer.args[1], argument(producer, 2, "bias")
     assert isinstance(weight, fx.Node)
     old = network.tensor(str(weight.target))
-    shape = [1] * old.dim()
-    shape[1 if producer.target in TRANSPOSED else 0] = -1
     offset = constant(network, bias)
     offset = -mean.double() if offset is None else offset.double() - mean.double()
     offset = offset * factor + (shift.double() if shift is not None else 0.0)
     with torch.no_grad():
-        new_weight, new_bias = (old.double() * factor.reshape(shape)).to(old.dtype), offset.to(old.dtype)
+        new_weight, new_bias = _scaled(producer, old.double(), factor).to(old.dtype), offset.to(old.dtype)
     _own_weight(network, producer, new_weight)
     set_bias(network, producer, new_bias)
     norm.replace_all_uses_with(producer)
     network.graph.erase_node(norm)
 
 
+def _scaled(layer: fx.Node, weight: Tensor, factor: Tensor) -> Tensor:
+    """The weight with each output channel multiplied by its factor [outputs]."""
+    if layer.target not in TRANSPOSED:
+        return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    # [inputs, outputs / groups, ...]: the inputs of group g feed the outputs of group g.
+    groups = argument(layer, 6, "groups", 1)
+    by_group = weight.reshape(groups, -1, *weight.shape[1:]) * factor.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
+    return by_group.reshape(weight.shape)
+
+
 def _own_weight(network: Network, layer: fx.Node, tensor: Tensor) -> None:
     """Give ``layer`` the weight ``tensor``; a weight that others read too stays theirs."""
     node = layer.args[1]
     assert isinstance(node, fx.Node)
-    if len(node.users) == 1 and [n.target for n in network.graph.nodes if n.op == "get_attr"].count(node.target) == 1:
+    old = network.tensor(str(node.target))
+    if not _is_shared(network, node):
         set_constant(network, node, tensor)
-    else:
-        layer.update_arg(1, add_constant(network, f"{node.target}_of_{layer.name}", torch.nn.Parameter(tensor), layer))
+        return
+    own = torch.nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else tensor
+    layer.update_arg(1, add_constant(network, f"{node.target}_of_{layer.name}", own, layer))
+
+
+def _is_shared(network: Network, node: fx.Node) -> bool:
+    """Whether anything else reads the tensor that ``node`` reads."""
+    return len(node.users) > 1 or [n.target for n in network.graph.nodes if n.op == "get_attr"].count(node.target) > 1
 
 
 def set_bias(network: Network, layer: fx.Node, tensor: Tensor, position: int = 2) -> None:
     """Give a layer the bias ``tensor`` [outputs], whether it had one or not; ``position`` is the bias among its arguments."""
     node = argument(layer, position, "bias")
-    shared = isinstance(node, fx.Node) and len(node.users) > 1
+    shared = isinstance(node, fx.Node) and _is_shared(network, node)
     if isinstance(node, fx.Node) and not shared:
         set_constant(network, node, tensor)
         return
@@ -197,7 +199,7 @@ def fold_padding(network: Network) -> int:
     """Move symmetric zero padding into the convolutions that read it. Returns how many pads went."""
     folded = 0
     for node in list(network.graph.nodes):
-        if node.target is not aten.pad.default or not is_zero_padding(node):
+        if node.target is not aten.pad.default or not is_zero_padding(node) or is_written(node.args[0]):
             continue
         amounts = list(node.args[1])
         dims = len(amounts) // 2
@@ -205,9 +207,8 @@ def fold_padding(network: Network) -> int:
         users = list(node.users)
         if symmetric and users and all(_padded_convolution(user, node, dims) for user in users):
             for user in users:
-                before = list(argument(user, 4, "padding", [0] * dims))
-                before = before * dims if len(before) == 1 else before
-                args = list(user.args) + [[1] * dims, [0] * dims][len(user.args) - 3 :] if len(user.args) < 5 else list(user.args)
+                args = [*user.args, *(None, [1] * dims, [0] * dims)[len(user.args) - 2 :]] if len(user.args) < 5 else list(user.args)
+                before = list(args[4]) * dims if len(args[4]) == 1 else list(args[4])
                 args[4] = [before[i] + amounts[2 * (dims - 1 - i)] for i in range(dims)]
                 args[0] = node.args[0]
                 user.args = tuple(args)
@@ -226,5 +227,4 @@ def is_zero_padding(node: fx.Node) -> bool:
 
 def _padded_convolution(user: fx.Node, pad: fx.Node, dims: int) -> bool:
     spatial = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}.get(user.target)
-    fits = spatial == dims and user.args[0] is pad and pad not in user.args[1:]
-    return fits and not set(user.kwargs) & {"stride", "padding"} and (len(user.args) >= 4 or len(user.args) <= 3)
+    return spatial == dims and user.args[0] is pad and pad not in user.args[1:] and not set(user.kwargs) & {"bias", "stride", "padding"}
