@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, top_k_accur
 from downsize import scores
 from downsize.errors import ArtifactError, MeasureError, TaskError
 from downsize.measure.score import Recording, judge
-from downsize.measure.spool import SMALL, Spool
+from downsize.spool import SMALL, Spool
 
 WEIGHTS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 NOISE = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)

@@ -15,8 +15,8 @@ from ..facts import Agreement, Measurement
 from ..inputs import named
 from ..numerics.agreement import Comparison, bootstrap, count_not_finite
 from ..scores import FRACTIONS, Predict, Score, evaluate, fidelity
+from ..spool import Spool, tree_map
 from ..structure import flatten, looks_like_tensor
-from .spool import Spool, tree_map
 
 SAME = 1e-6  # relative difference up to which two ways to compute one score give the same
 TRIED = 3  # how many resamples confirm that a score is the mean of its units' scores

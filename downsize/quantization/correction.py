@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,23 +14,25 @@ from ..network.statistics import walk
 from .insertion import settle_weights
 from .placement import WEIGHT_LAYERS
 
+FIRST_ROUND = 16
 
-def correct_biases(reference: Network, quantized: Network, data: Iterable[list[Tensor]], rounds: int = 2) -> None:
+
+def correct_biases(reference: Network, quantized: Network, data: Sequence[list[Tensor]]) -> None:
     """Shift the biases of ``quantized`` so that every layer's mean output, per channel, is the reference's (Nagel et al. 2019, arXiv 1906.04721).
 
     The empirical form, in the network as it runs: while samples pass through, each layer's running mean error is taken off at once, so
-    that the layers behind it see corrected inputs. ``data`` is walked ``rounds`` times; the last round's means decide.
+    that the layers behind it see corrected inputs. A first round over a few pieces brings all layers near; the means of the second decide.
     Layers are matched by node name; those whose output has no channel mean (nothing to average) are left.
     """
-    pieces = list(data)
     running = settle_weights(quantized)
     names = {node.name: node for node in running.graph.nodes if node.target in WEIGHT_LAYERS and WEIGHT_LAYERS[node.target][2] is not None}
     references = {node.name: node for node in reference.graph.nodes if node.name in names}
-    means = _reference_means(reference, list(references.values()), pieces)
+    means = _reference_means(reference, list(references.values()), data)
     corrections: dict[str, Tensor] = {}
-    for _ in range(rounds):
+    for count in (min(FIRST_ROUND, len(data)), len(data)):
         sums = {name: torch.zeros(1) for name in references}
-        for number, leaves in enumerate(pieces):
+        for number in range(count):
+            leaves = data[number]
             hooks = {names[name]: _shift(names[name], sums, corrections, means[name][number], number) for name in references}
             walk(running, leaves, hooks)
     twins = {node.name: node for node in quantized.graph.nodes}
@@ -54,7 +56,7 @@ def channel_axis(node: fx.Node, value: Tensor) -> int:
     return 1 if str(node.target).startswith("aten.conv") and value.dim() > 2 else value.dim() - 1
 
 
-def _reference_means(reference: Network, nodes: list[fx.Node], pieces: list[list[Tensor]]) -> dict[str, list[Tensor]]:
+def _reference_means(reference: Network, nodes: list[fx.Node], pieces: Sequence[list[Tensor]]) -> dict[str, list[Tensor]]:
     means: dict[str, list[Tensor]] = {node.name: [] for node in nodes}
 
     def recorder(node: fx.Node) -> Any:

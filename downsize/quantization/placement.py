@@ -14,8 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..errors import TaskError
+from ..network.memory import sharers, writes
 from ..network.network import Network
 from ..network.rewrite import CONVOLUTIONS, TRANSPOSED, aten, constant, is_zero_padding, only_user
 from ..network.statistics import shapes
@@ -37,10 +41,11 @@ MOVES = {
     aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.contiguous.default, aten.pixel_shuffle.default,
     aten.upsample_nearest2d.vec,
 }  # fmt: skip
-# Operators with integer kernels of their own when all their tensor inputs are quantized.
+# Operators with integer kernels of their own when all their inputs are quantized tensors.
 COMBINES = {
     aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.leaky_relu.default,
 }  # fmt: skip
+TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default}
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,26 +86,44 @@ class Placement:
 
 
 def place(network: Network) -> Placement:
-    """Decide what to quantize in a network whose batch norms are folded. See the module's docstring for the rules."""
-    sizes = shapes(network)
+    """Decide what to quantize in a network whose batch norms are folded. See the module's docstring for the rules.
+
+    Raises:
+        TaskError: the weights are of another type than float32.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        sizes = shapes(network)
     placement = Placement()
-    for node in network.graph.nodes:
-        if node.target in WEIGHT_LAYERS and _weight(network, node, sizes) is not None:
-            placement.layers.append(node)
+    changed = {one for node in network.graph.nodes for written in writes(node) for one in sharers(written)}
+    _layers(network, placement, sizes, changed)
     _weights(network, placement)
-    flowing = _flow(network, set(placement.layers))
+    flowing = _flow(network, set(placement.layers), changed)
     placement.activations = [Point(node, None, like) for node, like in flowing.items()]
     placement.activations += _inputs_only(placement.layers, set(flowing))
     return placement
 
 
-def _weight(network: Network, node: fx.Node, sizes: dict[fx.Node, tuple[int, ...]]) -> fx.Node | None:
-    weight = node.args[WEIGHT_LAYERS[node.target][1]]
-    tensor = constant(network, weight)
-    if tensor is None or not tensor.is_floating_point() or node not in sizes:
-        return None
-    ranks = {aten.linear.default: (2,), aten.addmm.default: (2,), aten.mm.default: (2,), aten.matmul.default: (2,)}.get(node.target, (3, 4, 5))
-    return weight if tensor.dim() in ranks else None
+def _layers(network: Network, placement: Placement, sizes: dict[fx.Node, tuple[int, ...]], changed: set[fx.Node]) -> None:
+    dtypes: dict[torch.dtype, str] = {}
+    for node in network.graph.nodes:
+        if node.target not in WEIGHT_LAYERS or node not in sizes:
+            continue
+        at_source, at_weight, _, _ = WEIGHT_LAYERS[node.target]
+        weight = constant(network, node.args[at_weight])
+        if weight is None or weight.dim() not in ((3, 4, 5) if node.target in CONVOLUTIONS else (2,)):
+            continue
+        dtypes.setdefault(weight.dtype, str(node.args[at_weight].target))
+        if weight.dtype is not torch.float32:
+            placement.left[node.name] = f"its weight is {weight.dtype}: only float32 is quantized"
+        elif constant(network, node.args[at_source]) is not None:
+            placement.left[node.name] = "its input is a constant"
+        elif node.args[at_source] in changed:
+            placement.left[node.name] = "its input is changed in place: the codes would be those of before or after"
+        else:
+            placement.layers.append(node)
+    if dtypes and torch.float32 not in dtypes:
+        dtype, name = next(iter(dtypes.items()))
+        raise TaskError(f"The weight {name} is {str(dtype).removeprefix('torch.')}; int8 is made from float32 models: call model.float() before.")
 
 
 def _weights(network: Network, placement: Placement) -> None:
@@ -109,14 +132,34 @@ def _weights(network: Network, placement: Placement) -> None:
         _, position, _, axis = WEIGHT_LAYERS[layer.target]
         axes.setdefault(layer.args[position], set()).add(axis)
     for node in network.graph.nodes:
-        if node.target is aten.embedding.default and constant(network, node.args[0]) is not None:
+        if node.target is aten.embedding.default and _is_float(network, node.args[0]):
             axes.setdefault(node.args[0], set()).add(0)
-        elif node.target in TRANSPOSED and constant(network, node.args[1]) is not None:
-            placement.left[node.name] = "transposed convolution: no integer kernel in the runtimes"
+        elif node.target in TRANSPOSED and _is_float(network, node.args[1]):
+            # ONNX Runtime would round this weight by itself, with one scale for all.
+            axes.setdefault(node.args[1], set()).add(1)
+            placement.left[node.name] = "transposed convolution: no integer kernel in the runtimes, only its weight is quantized"
         elif node.target in (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input):
             placement.left[node.name] = "recurrent layer: kept in float"
-    # A weight read along two axes (a tied embedding read both ways) takes one scale.
+    for node, found in axes.items():
+        found |= {axis for user in node.users for axis in _other_axes(user, node)}
+    # A weight read along two axes takes one scale.
     placement.weights = [WeightPoint(node, axis.copy().pop() if len(axis) == 1 else None) for node, axis in axes.items()]
+
+
+def _is_float(network: Network, node: object) -> bool:
+    tensor = constant(network, node)
+    return tensor is not None and tensor.dtype is torch.float32
+
+
+def _other_axes(user: fx.Node, weight: fx.Node) -> set[int]:
+    """The output axes along which a reader that is no layer of its own reads a weight; all of them if it is not known."""
+    known = user.target in TRANSPOSED or user.target is aten.embedding.default or user.target in WEIGHT_LAYERS
+    position = 0 if user.target is aten.embedding.default else WEIGHT_LAYERS.get(user.target, (0, 1))[1]
+    if known and [one is weight for one in user.args].count(True) == 1 and user.args[position] is weight:
+        return set()
+    products = [reader.target in (aten.matmul.default, aten.mm.default) and reader.args[1] is user for reader in user.users]
+    # A product with the transposed weight: its outputs lie along the first axis.
+    return {0} if user.target in TRANSPOSES and all(products) else {0, 1}
 
 
 def end_of(layer: fx.Node) -> fx.Node:
@@ -125,7 +168,7 @@ def end_of(layer: fx.Node) -> fx.Node:
     return user if user is not None and user.target in ABSORBED and user.args[0] is layer else layer
 
 
-def _flow(network: Network, layers: set[fx.Node]) -> dict[fx.Node, fx.Node | None]:
+def _flow(network: Network, layers: set[fx.Node], changed: set[fx.Node]) -> dict[fx.Node, fx.Node | None]:
     """The nodes whose value every reader sees as codes, each with the node whose grid it shares (None: its own)."""
     flowing: dict[fx.Node, fx.Node | None] = {}
     optional: list[fx.Node] = []
@@ -133,23 +176,27 @@ def _flow(network: Network, layers: set[fx.Node]) -> dict[fx.Node, fx.Node | Non
     for node in network.graph.nodes:
         if node in absorbed or node.op != "call_function":
             continue
-        sources = [n for n in node.all_input_nodes if n.op != "get_attr" or constant(network, n) is None]
         end = end_of(node)
+        if end in changed or node in changed:
+            continue
         if node in layers and node.target in CONVOLUTIONS:
             flowing[end] = None
         elif node.target in MOVES and _codes(node.args[0], flowing):
             flowing[node] = _origin(node.args[0], flowing)
             optional.append(node)
             continue
-        elif node.target in COMBINES and len(node.all_input_nodes) == len(sources) and all(_codes(n, flowing) for n in _tensors(node)):
+        elif node.target in COMBINES and node.kwargs.get("alpha", 1) == 1 and all(_codes(source, flowing) for source in _operands(node)):
             flowing[end] = None
             optional.append(end)
         absorbed.add(end)
     return _wanted(flowing, optional, layers)
 
 
-def _tensors(node: fx.Node) -> list[object]:
-    return list(node.all_input_nodes) if len(node.all_input_nodes) else [None]
+def _operands(node: fx.Node) -> list[object]:
+    """What an operator combines: two numbers or tensors, a list of tensors, or one tensor."""
+    if node.target in (aten.add.Tensor, aten.mul.Tensor):
+        return list(node.args[:2])
+    return list(node.args[0]) if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
 
 
 def _codes(node: object, flowing: dict[fx.Node, fx.Node | None]) -> bool:

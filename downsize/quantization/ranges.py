@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -103,7 +103,9 @@ def entropy(distribution: Distribution, grid: Grid) -> Range:
     return best
 
 
-def choose(network: Network, points: list[Point], options: dict[fx.Node, list[Range]], data: list[list[Tensor]], grid: Grid) -> dict[fx.Node, Range]:
+def choose(
+    network: Network, points: list[Point], options: dict[fx.Node, list[Range]], data: Sequence[list[Tensor]], grid: Grid
+) -> dict[fx.Node, Range]:
     """For every point the range with the least output error of the weight layers that read it, over held-back inputs.
 
     A tensor that no weight layer reads (it goes into a sum or a pool) is judged by its own error. Ties go to the wider range.

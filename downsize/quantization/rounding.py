@@ -1,9 +1,11 @@
 """Rounding of weights by the inputs they meet: Gram matrices of layer inputs, and GPTQ on them."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportReturnType=false
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,12 +19,12 @@ from ..numerics.hessian import gptq
 from .insertion import FAKE, grid_of
 
 # Gram matrices held at a time, in elements: more layers take more passes over the data, not more memory.
-GRAM_ELEMENTS = 2**22
+GRAM_ELEMENTS = 2**23
 # A convolution's input is taken from a window of this many output positions a side, which wanders over the image.
 WINDOW = 24
 
 
-def round_weights(reference: Network, quantized: Network, data: list[list[Tensor]]) -> None:
+def round_weights(reference: Network, quantized: Network, data: Sequence[list[Tensor]]) -> None:
     """Move the weights of ``quantized`` onto their grids by GPTQ, in place, with the inputs that the layers of ``reference`` meet.
 
     Convolutions (1-D, 2-D, any groups) and linear layers whose weight is theirs alone; others keep rounding to nearest.
@@ -64,7 +66,7 @@ def _groups(network: Network, layers: list[fx.Node]) -> list[list[fx.Node]]:
     return groups
 
 
-def _grams(network: Network, nodes: list[fx.Node], data: list[list[Tensor]]) -> dict[fx.Node, Tensor]:
+def _grams(network: Network, nodes: list[fx.Node], data: Sequence[list[Tensor]]) -> dict[fx.Node, Tensor]:
     grams = {}
     for node in nodes:
         groups, _, columns = _shape(network, node)

@@ -5,10 +5,11 @@ A linear layer computes ``x @ W.T = (x / s) @ (W * s).T`` for every positive ``s
 graph as one multiplication before the quantizer, so it also serves where no normalisation could take it (post-norm transformers, GELU).
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ ROWS = 1024
 WORTH = 0.6
 
 
-def smooth(network: Network, placement: Placement, fit: list[list[Tensor]], held: list[list[Tensor]]) -> int:
+def smooth(network: Network, placement: Placement, fit: Sequence[list[Tensor]], held: Sequence[list[Tensor]]) -> int:
     """Smooth the inputs of linear layers where that lowers their output error on held-back data, in place; the function stays.
 
     Returns how many inputs were smoothed. Layers that share an input share its factor.
@@ -62,7 +63,7 @@ def _groups(network: Network, placement: Placement) -> dict[fx.Node, list[fx.Nod
     return found
 
 
-def _channel_extremes(network: Network, nodes: list[fx.Node], pieces: list[list[Tensor]]) -> dict[fx.Node, tuple[Tensor, Tensor]]:
+def _channel_extremes(network: Network, nodes: list[fx.Node], pieces: Sequence[list[Tensor]]) -> dict[fx.Node, tuple[Tensor, Tensor]]:
     """Per channel (the last dimension) the lowest and highest value over the data."""
     found: dict[fx.Node, tuple[Tensor, Tensor]] = {}
 
@@ -93,7 +94,7 @@ def _factors(network: Network, layers: list[fx.Node], peaks: tuple[Tensor, Tenso
     return found
 
 
-def _sample_rows(network: Network, nodes: list[fx.Node], pieces: list[list[Tensor]]) -> dict[fx.Node, Tensor]:
+def _sample_rows(network: Network, nodes: list[fx.Node], pieces: Sequence[list[Tensor]]) -> dict[fx.Node, Tensor]:
     """About ROWS inputs of every layer, evenly over the data: [rows, channels]."""
     share = max(1, ROWS // max(1, len(pieces)))
     found: dict[fx.Node, list[Tensor]] = {node: [] for node in nodes}

@@ -7,12 +7,12 @@ from dataclasses import field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ..errors import TaskError
 from ..network.network import Network
 from ..network.rewrite import aten, drop_identities, fold_batch_norm, fold_padding
-from ..network.statistics import chunks, distributions, walk
+from ..network.statistics import Pieces, distributions, walk
 from ..numerics.grids import SYMMETRIC_INT8, UINT8
 from ..quantization.correction import correct_biases
 from ..quantization.equalization import equalize
@@ -24,10 +24,9 @@ from ..quantization.smoothing import smooth
 from ..spec import frozen
 from ..task import Task
 
-Pieces = list[list[Tensor]]
-# How many pieces (of one sample or a few) are enough to compare choices, and to average output means over.
+# How many pieces (of one sample or a few) are enough to compare choices, and to solve for weights and biases.
 TRIAL_PIECES = 8
-CORRECTION_PIECES = 64
+SOLVER_PIECES = 64
 
 
 @frozen
@@ -81,11 +80,10 @@ class Quantize:
 
     def _split(self, network: Network, task: Task) -> tuple[Pieces, Pieces]:
         """Calibration inputs to measure on, and others, spread evenly among them, to judge by."""
-        pieces = list(chunks(network, task.batches("calibrate"), self.samples))
+        pieces = Pieces.of(network, task.batches("calibrate"), self.samples)
         if len(pieces) < 2:
             return pieces, pieces
-        every = max(2, len(pieces) // max(1, min(self.holdout, len(pieces) // 2)))
-        return [p for i, p in enumerate(pieces) if i % every], pieces[::every]
+        return pieces.parted(max(2, len(pieces) // max(1, min(self.holdout, len(pieces) // 2))))
 
     def _balanced(self, plain: Network, balance: Callable[..., int], pieces: tuple[Pieces, Pieces], judge: Judge) -> Network:
         """The network with its scales moved around by ``balance``, if plain rounding of it on full ranges then loses less; else as it came."""
@@ -109,12 +107,13 @@ class Quantize:
         chosen = choose(plain, placement.activations, options, held[:TRIAL_PIECES], UINT8)
         full = {node: ranges[0] for node, ranges in options.items()}
         trials = [self._build(plain, placement, ranges) for ranges in ([full, chosen] if "minmax" in self.ranges else [chosen])]
-        best = min(trials, key=judge)
+        loss, best = min(((judge(trial), trial) for trial in trials), key=lambda pair: pair[0])
         for improve, wanted in ((round_weights, self.rounding == "gptq"), (correct_biases, self.correct)):
             if wanted:
                 improved = best.fork()
-                improve(plain, improved, fit[:CORRECTION_PIECES])
-                best = min(best, improved, key=judge)
+                improve(plain, improved, fit[:SOLVER_PIECES])
+                if (lower := judge(improved)) < loss:
+                    loss, best = lower, improved
         return best
 
     def _build(self, plain: Network, placement: Placement, ranges: dict[fx.Node, Range]) -> Network:
@@ -170,7 +169,7 @@ def _equalized(network: Network, pieces: tuple[Pieces, Pieces]) -> int:
 
 
 def _smoothed(network: Network, pieces: tuple[Pieces, Pieces]) -> int:
-    return smooth(network, place(network), pieces[0], pieces[1][:TRIAL_PIECES])
+    return smooth(network, place(network), pieces[0][:SOLVER_PIECES], pieces[1][:TRIAL_PIECES])
 
 
 def _own(placement: Placement) -> list[fx.Node]:

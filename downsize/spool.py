@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import MeasureError
-from ..structure import looks_like_tensor
+from .errors import MeasureError
+from .structure import looks_like_tensor
 
 SMALL = 1 << 14  # tensors of at most this many bytes stay in memory
 ALIGNMENT = 64
