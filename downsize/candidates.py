@@ -15,16 +15,23 @@ if TYPE_CHECKING:
 
 RESOURCES = ("size", "latency", "latency_ratio", "memory")
 DROP_WITHOUT_LIMIT = 0.01  # with no limit at all the smallest and fastest file is wanted, but not one that has lost its skill
-LINEAR = ("aten.linear.default", "aten.addmm.default", "aten.matmul.default", "aten.mm.default")
+LINEAR, CONVOLUTION = ("aten.linear", "aten.addmm", "aten.mm", "aten.matmul"), ("aten.conv",)
 
 
 def recipes_for(runtime: str, network: Network) -> list[str]:
     """The int8 recipes that ``runtime`` executes well enough to be worth a trial."""
     recipes = ["quantize()"]
-    # OpenVINO runs the operators of dynamic quantization in float, more slowly than the original.
-    if runtime == "onnxruntime" and any(str(node.target) in LINEAR for node in network.graph.nodes):
+    # OpenVINO runs the operators of dynamic quantization in float, more slowly than the original; convolutions have no such operator.
+    if runtime == "onnxruntime" and _weights_of(network, LINEAR) > _weights_of(network, CONVOLUTION):
         recipes.append("quantize(activations='dynamic')")
     return [*recipes, "quantize(activations='none')"]
+
+
+def _weights_of(network: Network, operators: tuple[str, ...]) -> int:
+    """The elements of the constant tensors that nodes of these operators read."""
+    readers = [node for node in network.graph.nodes if node.op == "call_function" and str(node.target).startswith(operators)]
+    names = {str(source.target) for node in readers for source in node.all_input_nodes if source.op == "get_attr"}
+    return sum(network.tensor(name).numel() for name in names)
 
 
 def needs_speed(target: Target) -> bool:
