@@ -52,7 +52,6 @@ def main() -> int:
         results = json.loads(Path(options.show).read_text())
     else:
         results = run(options, console)
-        Path(options.out).write_text(json.dumps(results, indent=1) + "\n")
         console.print(f"written: {options.out}")
     for table in tables(results):
         print(markdown(table), end="\n\n") if options.markdown else console.print(to_rich(table))
@@ -72,13 +71,27 @@ def arguments() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """The results of all models; they are written after each model."""
     torch.set_num_threads(options.threads)
-    folder = Path(options.out).absolute().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for model in options.model or SUBJECTS for row in Bench(model, folder / model, options, console).rows()]
+    file = Path(options.out).absolute()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    seconds = QUICK_SECONDS if options.quick else LATENCY_SECONDS
+    settings = {"threads": options.threads, "quick": options.quick, "latency_seconds": seconds, "commit": commit()}
     versions = made_by() | {name: metadata.version(name) for name in ("nncf", "transformers") if _installed(name)}
-    settings = {"threads": options.threads, "quick": options.quick, "latency_seconds": QUICK_SECONDS if options.quick else LATENCY_SECONDS}
-    return {"host": dataclasses.asdict(host()), "versions": versions, "settings": settings, "rows": rows}
+    results: dict[str, Any] = {"host": dataclasses.asdict(host()), "versions": versions, "settings": settings, "rows": []}
+    for model in options.model or SUBJECTS:
+        results["rows"] += Bench(model, file.parent / model, options, console).rows()
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def commit() -> str:
+    """The commit of this source, and whether the library differs from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain", "--", "downsize") else "")
 
 
 def _installed(package: str) -> bool:

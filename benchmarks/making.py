@@ -58,10 +58,12 @@ def run(model: str, method: Method, data: Path, file: Path) -> dict[str, Any]:
     assert start.model is not None
     weights = weight_bytes(start.model)
     touch(start)
+    forward = forward_bytes(start) + weights
     answer = make(method, start, file)
     # The model itself is part of what a making holds: it was there before, so it is added.
     answer["peak_bytes"] = answer.pop("added_bytes") + weights
-    return answer | {"weight_bytes": weights, "import_seconds": imported - started, "warm_up_seconds": warm_up["seconds"]}
+    times = {"import_seconds": imported - started, "warm_up_seconds": warm_up["seconds"]}
+    return answer | times | {"weight_bytes": weights, "forward_bytes": forward}
 
 
 def touch(start: Start) -> None:
@@ -69,6 +71,17 @@ def touch(start: Start) -> None:
     assert start.model is not None
     for tensor in [*start.model.parameters(), *start.model.buffers()]:
         tensor.double().sum().item()
+
+
+def forward_bytes(start: Start) -> int:
+    """The bytes that one run of the float model on one calibration sample takes in torch: what no method that runs it there can go below."""
+    inputs, _ = next(iter(start.calibrate()))
+    inputs = {name: tensor[:1] for name, tensor in inputs.items()} if isinstance(inputs, dict) else inputs[:1]
+    assert start.model is not None
+    level = settled_memory()
+    with torch.no_grad():
+        start.model(**inputs) if isinstance(inputs, dict) else start.model(inputs)
+    return memory_use().peak - level
 
 
 def make(method: Method, start: Start, file: Path) -> dict[str, Any]:

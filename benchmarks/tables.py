@@ -93,7 +93,9 @@ def makings(rows: list[Row], title: str) -> Cells:
             times = [f"{making[name]:.1f}" for name in ("seconds", "cpu_seconds")]
             peak = [f"{making['peak_bytes'] / 1e6:.0f}", f"{making['peak_bytes'] / making['weight_bytes']:.1f}x", f"{making['load_before']:.1f}"]
             lines.append([METHODS[row["method"]].name, *times, *peak])
-    return Cells(title, ["method", "seconds", "CPU seconds", "peak MB", "of the weights", "load before"], lines, [])
+    forward = next((making["forward_bytes"] / making["weight_bytes"] for row in rows if "forward_bytes" in (making := row["making"])), None)
+    notes = [] if forward is None else [f"the torch model itself, run on one sample, takes {forward:.1f}x of the weights"]
+    return Cells(title, ["method", "seconds", "CPU seconds", "peak MB", "of the weights", "load before"], lines, notes)
 
 
 def against(rows: list[Row], name: str) -> Cells:
