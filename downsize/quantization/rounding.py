@@ -20,6 +20,8 @@ from .insertion import FAKE, grid_of
 
 # Gram matrices held at a time, in elements: more layers take more passes over the data, not more memory.
 GRAM_ELEMENTS = 2**23
+# Wider layers are rounded to nearest: solving takes the cube of this in time and the square in memory, and wants as many samples.
+LARGEST_COLUMNS = 1536
 # A convolution's input is taken from a window of this many output positions a side, which wanders over the image.
 WINDOW = 24
 
@@ -30,20 +32,21 @@ def round_weights(reference: Network, quantized: Network, data: Sequence[list[Te
     Convolutions (1-D, 2-D, any groups) and linear layers whose weight is theirs alone; others keep rounding to nearest.
     """
     twins = {node.name: node for node in quantized.graph.nodes}
-    layers = [node for node in reference.graph.nodes if _can_round(node, twins.get(node.name))]
+    layers = [node for node in reference.graph.nodes if _can_round(reference, node, twins.get(node.name))]
     for group in _groups(reference, layers):
         grams = _grams(reference, group, data)
         for node in group:
             _round(quantized, twins[node.name], grams.pop(node))
 
 
-def _can_round(node: fx.Node, twin: fx.Node | None) -> bool:
+def _can_round(network: Network, node: fx.Node, twin: fx.Node | None) -> bool:
     if twin is None or node.target not in (aten.conv1d.default, aten.conv2d.default, aten.linear.default):
         return False
     fake = twin.args[1]
     per_row = isinstance(fake, fx.Node) and fake.target is FAKE and fake.args[3] == 0
     padded = argument(node, 4, "padding", 0)
-    return per_row and len(fake.users) == 1 and len(fake.args[0].users) == 1 and not isinstance(padded, str)
+    narrow = network.tensor(node.args[1].target)[0].numel() <= LARGEST_COLUMNS if per_row else False
+    return narrow and len(fake.users) == 1 and len(fake.args[0].users) == 1 and not isinstance(padded, str)
 
 
 def _shape(network: Network, node: fx.Node) -> tuple[int, int, int]:
