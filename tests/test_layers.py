@@ -16,7 +16,7 @@ PACKAGE = ROOT / "downsize"
 
 # A file imports only from lines above, and within its line only from names to its left; a name with a slash is a folder.
 LAYERS = (
-    ("errors", "structure", "spec", "target", "facts"),
+    ("errors", "structure", "spool", "spec", "target", "facts"),
     ("numerics/",),
     ("scores", "inputs", "task"),
     ("network/",),
@@ -28,7 +28,7 @@ LAYERS = (
     ("tables", "testing", "cli", "__init__"),
 )
 WITHOUT_TORCH = (
-    *("downsize", "downsize.errors", "downsize.structure", "downsize.spec", "downsize.target", "downsize.facts"),
+    *("downsize", "downsize.errors", "downsize.structure", "downsize.spool", "downsize.spec", "downsize.target", "downsize.facts"),
     *("downsize.numerics.agreement", "downsize.scores", "downsize.task", "downsize.runtimes", "downsize.measure", "downsize.measure.worker"),
 )
 SOURCES = sorted(path for folder in ("downsize", "tests", "examples", "benchmarks", ".ci") for path in (ROOT / folder).rglob("*.py"))
