@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from downsize.network.capture import capture
+from downsize.network.network import Network
+from downsize.structure import as_call
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,12 @@ def shake(model: nn.Module) -> None:
     """Give batch norms statistics, gains and shifts that are not the neutral ones."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            for tensor, low, high in ((module.running_mean, -0.5, 0.5), (module.running_var, 0.5, 2), (module.weight, 0.5, 1.5), (module.bias, -0.5, 0.5)):
+            for tensor, low, high in (
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.5, 2),
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.5, 0.5),
+            ):
                 if tensor is not None:
                     nn.init.uniform_(tensor, low, high)
 
@@ -173,7 +183,7 @@ class Encoder(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, cell: type[nn.RNNBase], **options: Any) -> None:
+    def __init__(self, cell: Callable[..., nn.RNNBase], **options: Any) -> None:
         super().__init__()
         self.rnn = cell(6, 8, batch_first=True, **options)
         self.head = nn.Linear(16 if options.get("bidirectional") else 8, 3)
@@ -226,12 +236,21 @@ def transformers_model(name: str) -> nn.Module:
     """A tiny model of the transformers library, made from its configuration; nothing is downloaded."""
     import transformers as hf
 
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, "vocab_size": 50}
-    resnet = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 5}
-    segformer = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 16], "patch_sizes": [3, 3], "strides": [2, 2]}
+    small: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, "vocab_size": 50}
+    resnet: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 5}
+    segformer: dict[str, Any] = {
+        "num_encoder_blocks": 2,
+        "depths": [1, 1],
+        "sr_ratios": [2, 1],
+        "hidden_sizes": [8, 16],
+        "patch_sizes": [3, 3],
+        "strides": [2, 2],
+    }
     segformer |= {"num_attention_heads": [1, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 16, "num_labels": 3}
     made = {
-        "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)),
+        "gpt2": lambda: hf.GPT2LMHeadModel(
+            hf.GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+        ),
         "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**small, max_position_embeddings=32)),
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**small, num_key_value_heads=2, max_position_embeddings=32)),
         "resnet": lambda: hf.ResNetForImageClassification(hf.ResNetConfig(**resnet)),
@@ -273,3 +292,69 @@ ZOO = (
     Specimen("segformer", lambda: transformers_model("segformer"), images(size=32)),
 )
 BY_NAME = {specimen.name: specimen for specimen in ZOO}
+
+
+class Layer(nn.Module):
+    """A linear layer, a counter, and any forward over them."""
+
+    count: Tensor
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.chosen = nn.Linear(4, 4), forward
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.chosen(self, *args, **kwargs)
+
+
+def captured(forward: Callable[..., Any], example: Any = None, **options: Any) -> Network:
+    return capture(Layer(forward).eval(), torch.randn(2, 4) if example is None else example, **options)
+
+
+def targets(network: Network) -> list[str]:
+    return [str(node.target) for node in network.graph.nodes if node.op == "call_function"]
+
+
+@functools.cache
+def specimen(name: str) -> tuple[nn.Module, Network]:
+    """The module of that name and its Network, made once: copy the Network before changing it."""
+    torch.set_num_threads(1)
+    model = BY_NAME[name].make()
+    return model, capture(model, BY_NAME[name].inputs(2))
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    """The module's outputs in plain containers; what a Network leaves out (None of a ModelOutput, caches) is left out."""
+    args, kwargs = as_call(inputs)
+    with torch.no_grad():
+        return plain_output(model(*args, **kwargs))
+
+
+def plain_output(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: plain_output(item) for key, item in value.items() if item is None or isinstance(item, (Tensor, tuple, list, dict))}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(plain_output, value))
+    return value
+
+
+def assert_close(got: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """The same containers, and tensors that differ by at most ``tolerance`` of the largest value (0: bit-equal)."""
+    if isinstance(expected, Tensor):
+        assert got.shape == expected.shape and got.dtype == expected.dtype
+        if tolerance and expected.is_floating_point():
+            assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+        else:
+            assert torch.equal(got, expected)
+    elif isinstance(expected, dict):
+        assert list(got) == list(expected)
+        for key, value in expected.items():
+            assert_close(got[key], value, tolerance)
+    elif isinstance(expected, (tuple, list)):
+        assert type(got) is type(expected) and len(got) == len(expected)
+        for one, two in zip(got, expected, strict=True):
+            assert_close(one, two, tolerance)
+    else:
+        assert got == expected

@@ -48,11 +48,11 @@ def capture(model: torch.nn.Module, example: Any, more: Sequence[Any] = ()) -> N
     """
     _check_module(model)
     calls = [_call(inputs, number) for number, inputs in enumerate([example, *more])]
-    _check_repeatable(model, calls[0])
-    dynamic = _dynamic_dimensions(calls)
-    call = _largest(calls, dynamic)
-    network = _network(_export(model, call, dynamic), call, _describe(_run(model, call))[1], dynamic)
-    _prove(model, network, calls, dynamic)
+    expected = [_outputs(model, call, number) for number, call in enumerate(calls)]
+    _check_repeatable(expected[0][0], _outputs(model, calls[0], 0)[0])
+    call, dynamic = _largest(model, calls, _dynamic_dimensions(calls))
+    network = _network(_export(model, call, dynamic), call, expected[0][1], dynamic)
+    _prove(network, [*zip(calls, expected, strict=True), *_other_batches(model, network, calls[0], dynamic)])
     try:
         network.check()
     except NetworkFileError as error:
@@ -99,14 +99,14 @@ def _copied(value: Any) -> Any:
     return type(value)(map(_copied, value)) if isinstance(value, (tuple, list)) else value
 
 
-def _run(model: torch.nn.Module, call: tuple[Any, dict[str, Any]]) -> Any:
+def _run(model: torch.nn.Module, call: tuple[Any, dict[str, Any]], number: int) -> Any:
     args, kwargs = _copied(call)
     try:
         with torch.no_grad():
             return model(*args, **kwargs)
     except Exception as error:
         raise CaptureError(
-            f"The model itself fails on the example: {type(error).__name__}: {error}\n{_where(error)}Give an example that it takes."
+            f"The model itself fails on example {number}: {type(error).__name__}: {error}\n{_where(error)}Give an example that it takes."
         ) from error
 
 
@@ -133,17 +133,17 @@ def _describe(outputs: Any) -> tuple[list[Tensor], Structure]:
     return flatten(kept)
 
 
-def _outputs(model: torch.nn.Module, call: Any) -> tuple[list[Tensor], Structure]:
+def _outputs(model: torch.nn.Module, call: Any, number: int) -> tuple[list[Tensor], Structure]:
     try:
-        return _describe(_run(model, call))
+        tensors, structure = _describe(_run(model, call, number))
     except ArtifactError as error:
         raise CaptureError(f"The output cannot be described: {error}") from None
-
-
-def _check_repeatable(model: torch.nn.Module, call: Any) -> None:
-    one, two = _outputs(model, call)[0], _outputs(model, call)[0]
-    if not one:
+    if not tensors:
         raise CaptureError("The model returns no tensor.")
+    return tensors, structure
+
+
+def _check_repeatable(one: list[Tensor], two: list[Tensor]) -> None:
     if any(a.shape != b.shape or not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(one, two, strict=True)):
         raise CaptureError("The model gives two different outputs for one input, in eval mode: remove its randomness (or state) before.")
 
@@ -166,15 +166,23 @@ def _batched(dynamic: dict[int, dict[int, str]]) -> set[int]:
     return {leaf for leaf, dims in dynamic.items() if dims.get(0) == BATCH}
 
 
-def _largest(calls: list[Any], dynamic: dict[int, dict[int, str]]) -> Any:
-    """The call to export with: export takes a size of 1 as a constant, so the one with the largest sizes, a batch of one doubled."""
+def _largest(model: torch.nn.Module, calls: list[Any], dynamic: dict[int, dict[int, str]]) -> tuple[Any, dict[int, dict[int, str]]]:
+    """The call to export with, and what it can leave open: export takes a size of 1 as a constant, so a batch of one is doubled."""
 
     def smallest_open(call: Any) -> int:
         return min((leaf.shape[d] for i, leaf in enumerate(_leaves([*call])) for d, name in dynamic[i].items() if name != BATCH), default=0)
 
     best = max(calls, key=smallest_open)
-    sizes = [leaf.shape[0] for i, leaf in enumerate(_leaves([*best])) if i in _batched(dynamic)]
-    return _rows(best, _batched(dynamic), [0, 0]) if sizes and sizes[0] == 1 else best
+    batched = _batched(dynamic)
+    if [leaf.shape[0] for i, leaf in enumerate(_leaves([*best])) if i in batched][:1] != [1]:
+        return best, dynamic
+    doubled = _rows(best, batched, [0, 0])
+    try:
+        _run(model, doubled, 0)
+        return doubled, dynamic
+    except CaptureError:
+        # A model for single samples.
+        return best, {leaf: {d: name for d, name in dims.items() if name != BATCH} for leaf, dims in dynamic.items()}
 
 
 def _rows(call: Any, batched: Collection[int], rows: list[int]) -> Any:
@@ -243,6 +251,8 @@ def _explain(error: BaseException) -> str:
         mend = _VALUES
     elif "Missing" in kind or "no fake" in text or "fake impl" in text:
         mend = "The operator has no shape rule: register one with torch.library.register_fake, or write the layer in plain torch."
+    elif "is invalid for input of size" in text:
+        mend = "It has a number where another size can come: take sizes from x.shape."
     else:
         mend = "Write that line in operators that torch.export traces; torch.export.export(model, example, strict=False) shows the same failure."
     return f"The model cannot be captured: {kind}: {first}\n{_where(error)}{mend}"
@@ -361,18 +371,24 @@ def _check_operators(graph: fx.Graph) -> None:
         raise CaptureError(f"The model uses {node.target}, which downsize does not handle.\n{at(node)}{mend}")
 
 
-def _prove(model: torch.nn.Module, network: Network, calls: list[Any], dynamic: dict[int, dict[int, str]]) -> None:
-    """The law captured == original, at every example and at other batch sizes."""
+def _other_batches(model: torch.nn.Module, network: Network, call: Any, dynamic: dict[int, dict[int, str]]) -> Iterator[Any]:
+    """The call with one and with three samples and what the model gives for them; nothing for sizes that the model itself does not take."""
     batched = {leaf for leaf, port in enumerate(network.ports) if BATCH in port.dims} & _batched(dynamic)
-    trials = [*calls, *([_rows(calls[0], batched, [0]), _rows(calls[0], batched, [0] * 3)] if batched else [])]
-    for call in trials:
-        expected, structure = _outputs(model, call)
+    for rows in ([0], [0] * 3) if batched else ():
+        other = _rows(call, batched, rows)
+        with contextlib.suppress(CaptureError):
+            yield other, _outputs(model, other, 0)
+
+
+def _prove(network: Network, trials: list[Any]) -> None:
+    """The law captured == original."""
+    for call, (expected, structure) in trials:
         with torch.no_grad():
             try:
                 got = network.graph_module(*network.leaves(_copied(call)))
             except Exception as error:
                 sizes = [list(leaf.shape) for leaf in _leaves([*call])]
-                raise CaptureError(f"The captured graph fails at sizes {sizes}, which the model takes: {error}\nGive all inputs one size.") from error
+                raise CaptureError(f"The captured graph fails at sizes {sizes}, which the model takes: {error}\nTake sizes from x.shape.") from error
         if structure != network.outputs:
             raise CaptureError("An output that is no tensor differs between inputs (a number made from shapes?): return only tensors.")
         check_equal(expected, got)
