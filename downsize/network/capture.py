@@ -340,8 +340,9 @@ def _ports(placeholders: list[fx.Node], examples: list[Tensor], dynamic: dict[in
     for leaf, (node, tensor) in enumerate(zip(placeholders, examples, strict=True)):
         dims: list[int | str] = []
         for d, size in enumerate(node.meta["val"].shape):
-            if isinstance(size, int):
-                dims.append(size)
+            number = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+            if number is not None:
+                dims.append(number)
             else:
                 dims.append(dynamic[leaf][d] or symbols.setdefault(str(size), f"size{len(symbols) + 1}"))
         ports.append(Port(node.name, tensor.dtype, tuple(dims), tuple(tensor.shape)))
