@@ -10,18 +10,37 @@ Vocabulary after lowering (our own operators, each one ONNX operator or two): ``
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..errors import ExportError
 from ..numerics import grids
+from .clean import at
 from .network import Network
-from .rewrite import add_constant, argument, constant, only_user
+from .rewrite import CONVOLUTIONS, add_constant, argument, constant, only_user
 from .statistics import shapes
 
 aten = torch.ops.aten
 ours = torch.ops.downsize
 # A bias code beyond this would not leave room for the accumulator.
 LARGEST_BIAS_CODE = 2.0**30
+# Matrix products with a weight: operator -> positions of input, weight, bias, and the weight's output axis.
+PRODUCTS: dict[object, tuple[int, int, int | None, int]] = {
+    aten.linear.default: (0, 1, 2, 0),
+    aten.addmm.default: (1, 2, 0, 1),
+    aten.mm.default: (0, 1, None, 1),
+    aten.matmul.default: (0, 1, None, 1),
+}
+# Average pools, each with the convolution of as many dimensions.
+AVERAGE_POOLS = {
+    aten.avg_pool1d.default: (aten.conv1d.default, 1),
+    aten.avg_pool2d.default: (aten.conv2d.default, 2),
+    aten.avg_pool3d.default: (aten.conv3d.default, 3),
+}
+POOL_SIZES = ((1, "kernel_size", None), (2, "stride", []), (3, "padding", 0))
 
 
 @torch.library.custom_op("downsize::quantize", mutates_args=())
@@ -71,18 +90,23 @@ def _(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
 def lower(network: Network) -> None:
     """Replace the fake quantizers of ``network`` by integer constants and quantize/dequantize pairs, in place."""
     fakes = [node for node in network.graph.nodes if node.target is ours.fake_quantize.default]
-    for node, sizes in shapes(network).items() if fakes else ():
-        # A 2-D product is exported as Gemm, whose integer kernel wants the weight as it is.
-        node.meta["matrix"] = len(sizes) == 2
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        sizes = shapes(network) if fakes else {}
+    ranks = {node: len(size) for node, size in sizes.items()}
     weights = [fake for fake in fakes if constant(network, fake.args[0]) is not None]
     for fake in weights:
-        _lower_weight(network, fake)
+        _lower_weight(network, fake, ranks)
     for fake in fakes:
         if fake not in weights:
             _lower_activation(network, fake)
     for node in list(network.graph.nodes):
-        if node.target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default):
+        if node.target is aten.add.Tensor:
+            _join_bias(network, node, ranks)
+    for node in list(network.graph.nodes):
+        if node.target in CONVOLUTIONS or node.target in (aten.linear.default, aten.addmm.default):
             _lower_bias(network, node)
+        elif fakes and node.target in AVERAGE_POOLS:
+            _lower_pool(network, node, sizes)
     network.recompile()
 
 
@@ -90,7 +114,7 @@ def _grid(fake: fx.Node) -> grids.Grid:
     return grids.Grid(int(fake.args[4]), int(fake.args[5]))
 
 
-def _lower_weight(network: Network, fake: fx.Node) -> None:
+def _lower_weight(network: Network, fake: fx.Node, ranks: dict[fx.Node, int]) -> None:
     weight, scale, zero_point = (constant(network, node) for node in fake.args[:3])
     assert weight is not None and scale is not None and zero_point is not None
     axis, grid = fake.args[3], _grid(fake)
@@ -100,8 +124,8 @@ def _lower_weight(network: Network, fake: fx.Node) -> None:
     for user in list(fake.users):
         if user.target is aten.embedding.default and user.args[0] is fake:
             _lower_embedding(network, user, name, q, scale, axis)
-        elif user.target is aten.linear.default and user.args[1] is fake and axis == 0:
-            _lower_linear(network, user, name, q, scale, zero_point)
+        elif user.target in PRODUCTS and user.args[PRODUCTS[user.target][1]] is fake and axis in (None, PRODUCTS[user.target][3]):
+            _lower_product(network, user, name, q, scale, zero_point, ranks)
     if fake.users:
         made = _dequantized(network, name, q, scale, zero_point, axis, fake)
         fake.replace_all_uses_with(made)
@@ -132,21 +156,26 @@ def _lower_embedding(network: Network, user: fx.Node, name: str, q: Tensor, scal
     network.graph.erase_node(user)
 
 
-def _lower_linear(network: Network, user: fx.Node, name: str, q: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-    """A linear layer becomes a product with codes [in, out]: runtimes take the weight of an integer product that way round."""
-    source = user.args[0]
+def _lower_product(network: Network, user: fx.Node, name: str, q: Tensor, scale: Tensor, zero_point: Tensor, ranks: dict[fx.Node, int]) -> None:
+    """A layer of N-D input becomes a product with codes [in, out], the way round that integer kernels for it take, and a sum.
+
+    One of 2-D input stays as it is: it is exported as Gemm, whose kernel adds an integer bias.
+    """
+    at_source, _, at_bias, output_axis = PRODUCTS[user.target]
+    source, bias = user.args[at_source], None if at_bias is None else argument(user, at_bias, "bias")
     dynamic = isinstance(source, fx.Node) and source.target is ours.fake_quantize_dynamic.default
-    if not dynamic and user.meta.get("matrix"):
-        return  # A 2-D input: exported as Gemm, which takes [out, in].
-    transposed = q.t().contiguous()
+    if user.kwargs.keys() & {"alpha", "beta"} or (not dynamic and (user.target is not aten.linear.default or ranks.get(user) == 2)):
+        return
+    codes = q if output_axis == 1 else q.t().contiguous()
+    axis = 1 if scale.dim() else None
     if dynamic:
-        codes = add_constant(network, f"{name}_codes", transposed, user)
-        scales = add_constant(network, f"{name}_scale", scale.detach(), user)
-        product = _call(network, user, ours.dynamic_linear.default, (source.args[0], codes, scales))
+        made = [
+            add_constant(network, f"{name}_codes", codes, user),
+            add_constant(network, f"{name}_scale", scale.detach().expand(codes.shape[1]).contiguous(), user),
+        ]
+        product = _call(network, user, ours.dynamic_linear.default, (source.args[0], *made))
     else:
-        weight = _dequantized(network, name, transposed, scale, zero_point, 1, user)
-        product = _call(network, user, aten.matmul.default, (source, weight))
-    bias = argument(user, 2, "bias")
+        product = _call(network, user, aten.matmul.default, (source, _dequantized(network, name, codes, scale, zero_point, axis, user)))
     if bias is not None:
         product = _call(network, user, aten.add.Tensor, (product, bias))
     user.replace_all_uses_with(product)
@@ -166,16 +195,18 @@ def _lower_activation(network: Network, fake: fx.Node) -> None:
 
 
 def _before_clipping(network: Network, fake: fx.Node, scale: float, zero_point: int) -> fx.Node:
-    """The tensor to quantize: the codes' own range does what a ReLU or clip right before them does, so that node need not be in the file."""
+    """The tensor to quantize: the codes' own range does what a ReLU or clip right before them does, so that node need not be in the file.
+
+    It does when both bounds have the outermost codes: then what lies beyond them gets these codes in any case.
+    """
     source = fake.args[0]
     assert isinstance(source, fx.Node)
     bounds = _clipping_bounds(source)
     if bounds is None or only_user(source) is not fake or not isinstance(source.args[0], fx.Node):
         return source
     grid = _grid(fake)
-    slack = scale / 2
-    inside = scale * (grid.low - zero_point) >= bounds[0] - slack * 1e-3 and scale * (grid.high - zero_point) <= bounds[1] + slack
-    return source.args[0] if inside else source
+    low, high = (torch.round(torch.tensor(bound, dtype=torch.float32) / scale) + zero_point for bound in bounds)
+    return source.args[0] if float(low) <= grid.low and float(high) >= grid.high else source
 
 
 def _clipping_bounds(node: fx.Node) -> tuple[float, float] | None:
@@ -185,22 +216,81 @@ def _clipping_bounds(node: fx.Node) -> tuple[float, float] | None:
         return 0.0, 6.0
     if node.target is aten.hardtanh.default:
         return float(argument(node, 1, "min_val", -1.0)), float(argument(node, 2, "max_val", 1.0))
+    if node.target in (aten.clamp.default, aten.clamp_min.default):
+        low, high = argument(node, 1, "min"), argument(node, 2, "max")
+        if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
+            return None
+        return float("-inf") if low is None else float(low), float("inf") if high is None else float(high)
     return None
 
 
 def _lower_bias(network: Network, layer: fx.Node) -> None:
     """An int32 bias with scale ``input scale * weight scale``, which integer kernels add to their accumulator as it is."""
-    source, weight, bias = layer.args[0], layer.args[1], constant(network, argument(layer, 2, "bias"))
-    bias = None if bias is None else bias.detach()
+    at_source, at_weight, at_bias, _ = PRODUCTS.get(layer.target, (0, 1, 2, 0))
+    assert at_bias is not None
+    source, weight, bias = layer.args[at_source], layer.args[at_weight], constant(network, argument(layer, at_bias, "bias"))
     source = source.args[0] if isinstance(source, fx.Node) and source.target is aten.pad.default else source
     if bias is None or not all(isinstance(n, fx.Node) and n.target is ours.dequantize.default for n in (source, weight)):
         return
     scale_x, scale_w = constant(network, source.args[1]), constant(network, weight.args[1])
     assert scale_x is not None and scale_w is not None
+    if bias.dim() != 1 or scale_x.dim() or scale_w.dim() > 1 or scale_w.numel() not in (1, bias.numel()) or layer.kwargs.keys() & {"alpha", "beta"}:
+        return
+    bias = bias.detach()
     scale = (scale_x.double() * scale_w.double()).expand(bias.shape)
     codes = (bias.double() / scale).round()
-    if float(codes.abs().max()) > LARGEST_BIAS_CODE:
+    if not float(codes.abs().max()) <= LARGEST_BIAS_CODE:
         return
-    name = str(argument(layer, 2, "bias").target)
+    name = str(argument(layer, at_bias, "bias").target)
     made = _dequantized(network, name, codes.to(torch.int32), scale.float(), torch.zeros(bias.shape, dtype=torch.int32), 0, layer)
-    layer.update_arg(2, made)
+    layer.update_arg(at_bias, made)
+
+
+def _join_bias(network: Network, total: fx.Node, ranks: dict[fx.Node, int]) -> None:
+    """A 2-D integer product and the sum behind it become one operator: ONNX Runtime joins them in any case, and leaves them in float."""
+    product, bias = total.args[:2]
+    if not isinstance(product, fx.Node) or product.target not in (aten.mm.default, aten.matmul.default) or ranks.get(product) != 2:
+        return
+    integers = all(isinstance(n, fx.Node) and n.target is ours.dequantize.default for n in product.args)
+    values = constant(network, bias)
+    if integers and values is not None and values.dim() == 1 and only_user(product) is total and not total.kwargs:
+        total.target, total.args = aten.addmm.default, (bias, *product.args)
+
+
+def _lower_pool(network: Network, pool: fx.Node, sizes: dict[fx.Node, tuple[int, ...]]) -> None:
+    """An average pool that counts its padding becomes a convolution with equal integer weights, unless zero is the lowest code.
+
+    OpenVINO pads an integer pool with code 0, also where that is not zero; ONNX Runtime's integer pool counts what ``ceil_mode`` adds.
+
+    Raises:
+        ExportError: the pool counts its padding and has ``ceil_mode`` too.
+    """
+    source, convolution, rank = pool.args[0], *AVERAGE_POOLS[pool.target]
+    kernel, stride, padding = (_of_rank(argument(pool, i, name, default), rank) for i, name, default in POOL_SIZES)
+    counted = argument(pool, 5, "count_include_pad", True)
+    before = source.target is aten.pad.default  # runtimes merge it into the pool
+    if argument(pool, 6, "divisor_override") is not None or (any(padding) and not counted):
+        return
+    if not before and not any(padding):
+        pool.args, pool.kwargs = (source, kernel, stride or kernel, padding, bool(argument(pool, 4, "ceil_mode", False)), False), {}
+        return
+    origin = source.args[0] if before else source
+    if origin.target is ours.dequantize.default and int(constant(network, origin.args[2])) == 0:
+        return
+    if argument(pool, 4, "ceil_mode", False):
+        raise ExportError(
+            f"An average pool counts its padding and rounds its size up, which runtimes get wrong in int8.\n{at(pool)}Set one to False."
+        )
+    channels, count = sizes[pool][-rank - 1], math.prod(kernel)
+    largest = grids.SYMMETRIC_INT8.high
+    q = torch.full((channels, 1, *kernel), largest, dtype=torch.int8)
+    scale, zero = torch.full((channels,), 1 / (largest * count)), torch.zeros(channels, dtype=torch.int32)
+    weight = _dequantized(network, f"{pool.name}_average", q, scale, zero, 0, pool)
+    pool.target, pool.kwargs = convolution, {}
+    pool.args = (source, weight, None, stride or kernel, padding, [1] * rank, channels)
+
+
+def _of_rank(value: object, rank: int) -> list[int]:
+    """A size given as one number or as a list, as a list of that length; an empty one stays empty."""
+    given = [value] if isinstance(value, int) else list(value)
+    return given * rank if len(given) == 1 else given

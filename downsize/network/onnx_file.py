@@ -52,6 +52,11 @@ def _dynamic_linear(x, q, scale):
     return op.Mul(op.Cast(op.MatMulInteger(codes, q, x_zero), to=1), op.Mul(x_scale, scale))
 
 
+def _fake_quantize_dynamic(x):
+    codes, scale, zero = op.DynamicQuantizeLinear(x)
+    return op.DequantizeLinear(codes, scale, zero)
+
+
 def _global_average(x, output_size):
     return op.GlobalAveragePool(x)
 
@@ -61,6 +66,7 @@ TRANSLATIONS = {
     ours.dequantize.default: _dequantize,
     ours.quantized_embedding.default: _quantized_embedding,
     ours.dynamic_linear.default: _dynamic_linear,
+    ours.fake_quantize_dynamic.default: _fake_quantize_dynamic,
 }
 
 
@@ -85,16 +91,15 @@ def write(network: Network, path: str | Path) -> None:
 
 def to_onnx(network: Network) -> ir.Model:
     """The ONNX form of ``network``, in memory, sharing its tensors."""
-    size = sum(tensor.numel() * tensor.element_size() for _, tensor in network.named_tensors())
-    if size > LARGEST_FILE:
-        raise ExportError(f"The network holds {size / 1e9:.1f} GB; one ONNX file holds at most 2 GB. Compress it first, or split it.")
     lowered = network.fork().eval()
     drop_identities(lowered)
     fold_batch_norm(lowered)
     fold_padding(lowered)
     lower(lowered)
-    outputs = next(node for node in lowered.graph.nodes if node.op == "output").args[0]
-    names = [port.name for port in network.ports], [f"output{i}" if len(outputs) > 1 else "output" for i in range(len(outputs))]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for _, t in lowered.named_tensors()}.values())
+    if size > LARGEST_FILE:
+        raise ExportError(f"The file would hold {size / 1e9:.1f} GB; one ONNX file holds at most 2 GB. Compress the network more, or split it.")
+    names = [port.name for port in network.ports], _output_names(lowered)
     with _quiet():
         program = _export(lowered)
         try:
@@ -111,6 +116,16 @@ def to_onnx(network: Network) -> ir.Model:
     assert made is not None
     _finish(made.model, network, names)
     return made.model
+
+
+def _output_names(network: Network) -> list[str]:
+    """``output``, or ``output0``, ``output1``, ...; with underscores behind if something in the file has such a name."""
+    outputs = next(node for node in network.graph.nodes if node.op == "output").args[0]
+    taken = {name for node in network.graph.nodes if node.op != "output" for name in (node.name, str(node.target))}
+    names = ["output"] if len(outputs) == 1 else [f"output{i}" for i in range(len(outputs))]
+    while taken & set(names):
+        names = [f"{name}_" for name in names]
+    return names
 
 
 def _translations(network: Network) -> dict[Any, Any]:

@@ -10,7 +10,9 @@ from ..network.rewrite import CONVOLUTIONS, argument, aten, constant, only_user,
 from .insertion import extremes
 
 # Functions with f(s * x) = s * f(x) for every s > 0.
-HOMOGENEOUS = {aten.relu.default, aten.leaky_relu.default, aten.max_pool2d.default, aten.dropout.default}
+HOMOGENEOUS = {aten.relu.default, aten.leaky_relu.default, aten.dropout.default}
+# The same of each channel of a convolution; behind a linear layer they would mix features.
+POOLS = {aten.max_pool2d.default}
 ROUNDS = 10
 
 
@@ -28,23 +30,26 @@ def equalize(network: Network) -> int:
 
 
 def _reader(network: Network, layer: fx.Node) -> fx.Node | None:
-    """The layer that alone reads this one, through functions that a positive factor passes through."""
+    """The layer that alone reads this one as its input, through functions that a positive factor a channel passes through."""
     if not _is_layer(network, layer):
         return None
-    node = only_user(layer)
-    while node is not None and node.target in HOMOGENEOUS:
-        node = only_user(node)
-    same_kind = node is not None and (layer.target in CONVOLUTIONS) == (node.target in CONVOLUTIONS)
-    if node is None or not same_kind or not _is_layer(network, node) or node.args[0] in (None, layer.args[0]):
+    convolution = layer.target in CONVOLUTIONS
+    passed = HOMOGENEOUS | POOLS if convolution else HOMOGENEOUS
+    before, node = layer, only_user(layer)
+    while node is not None and node.target in passed and node.args[0] is before:
+        before, node = node, only_user(node)
+    if node is None or not _is_layer(network, node) or (node.target in CONVOLUTIONS) != convolution or node.args[0] is not before:
         return None
     return node
 
 
 def _is_layer(network: Network, node: fx.Node) -> bool:
+    """Whether the node is a layer with a weight of its own, and a bias that can be scaled with it."""
     if node.target not in CONVOLUTIONS and node.target is not aten.linear.default:
         return False
-    weight = node.args[1]
-    return constant(network, weight) is not None and only_user(weight) is node  # type: ignore[arg-type]
+    weight, bias = node.args[1], argument(node, 2, "bias")
+    known = constant(network, weight) is not None and (bias is None or constant(network, bias) is not None)
+    return known and only_user(weight) is node  # type: ignore[arg-type]
 
 
 def _balance(network: Network, first: fx.Node, second: fx.Node) -> float:
