@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from ..errors import ArtifactError, CaptureError, NetworkFileError
 from ..structure import Structure, as_call, flatten
 from .clean import NOT_THE_USERS, at, drop_assertions, drop_state, functionalize, inline_contexts, shorten_metadata, spell_padding
+from .memory import drop_dead
 from .network import Network
 from .operators import allowed
 from .parts import Port, assign, legal_name
@@ -279,7 +280,7 @@ def _network(program: ExportedProgram, call: Any, outputs: Structure, dynamic: d
     node.args = (tuple(results),)
     _check_operators(graph)
     spell_padding(graph)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     functionalize(graph)
     drop_state(graph)
     ports = _ports(placeholders, examples, dynamic)

@@ -78,3 +78,8 @@ def is_written(node: fx.Node) -> bool:
     """Whether any operator writes into memory that ``node`` may share: then a copy of it is not an identity."""
     family = sharers(node)
     return any(written in family for one in family for user in one.users for written in writes(user))
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Remove what nothing reads. Unlike torch.fx's own way, switched-off dropout and random numbers go too; writes stay."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or bool(writes(node)))

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from ..errors import ArtifactError
 from ..structure import Structure, as_call, looks_like_tensor, select, unflatten
 from . import file
+from .memory import drop_dead
 from .parts import Port, assign
 
 # Operators that behave differently in training: name -> position of their flag.
@@ -141,7 +142,7 @@ class Network:
 
     def recompile(self) -> None:
         """Check the edited graph, drop what nothing reads, and make it callable again."""
-        self.graph.eliminate_dead_code()
+        drop_dead(self.graph)
         self.graph.lint()
         self.graph_module.recompile()
 
