@@ -6,6 +6,7 @@ and the mend), 3 a fault in downsize or in the user's code (with its traceback),
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -178,6 +179,8 @@ def runtimes() -> None:
 
 def main() -> None:
     """The program `downsize`; see the module for its exit status."""
+    # Threads that wait by spinning take the cores from one another, and from the measurements, on a busy machine. Before torch comes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except Exception:

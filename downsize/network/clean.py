@@ -20,6 +20,8 @@ from .parts import assign
 
 aten = torch.ops.aten
 NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<eval_with_key", "<frozen")
+# What export calls the path of shape arithmetic.
+NO_MODULE = "_empty_nn_module_stack"
 ASSERTIONS = ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten._assert_async", "aten.sym_constrain_range", "aten._functional_assert")
 SPELLED_PADDING = {aten.conv1d.padding: aten.conv1d.default, aten.conv2d.padding: aten.conv2d.default, aten.conv3d.padding: aten.conv3d.default}
 
@@ -126,6 +128,7 @@ def shorten_metadata(graph: fx.Graph, root: str) -> None:
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         path = [path for path, _ in stack.values()][-1].split("@")[0] if stack and node.op != "placeholder" else ""
+        path = "" if path.startswith(NO_MODULE) else path
         source = source_line(node.meta.get("stack_trace") or "") if node.op != "placeholder" else ""
         node.meta = {"module": path.removeprefix(root).removeprefix("."), "source": source}
 

@@ -55,7 +55,11 @@ class PortRecord(_Strict):
 
 
 class NetworkRecord(_Strict):
-    """The whole header. ``aliases`` maps a further name of a tensor to its first; ``parameters`` says of each parameter whether it trains."""
+    """The whole header.
+
+    ``aliases`` maps a further name of a tensor to its first; ``parameters`` says of each parameter whether it trains; ``layouts`` has, for
+    tensors that are not stored row by row (channels last), their dimensions from the outermost in memory: kernels round by it.
+    """
 
     version: int
     nodes: list[NodeRecord]
@@ -64,6 +68,7 @@ class NetworkRecord(_Strict):
     ports: list[PortRecord]
     aliases: dict[str, str]
     parameters: dict[str, bool]
+    layouts: dict[str, list[int]]
     origin: dict[str, Any]
 
 
@@ -106,9 +111,23 @@ def describe(network: Description, named: dict[str, Tensor]) -> tuple[str, dict[
         ports=[PortRecord(name=p.name, dtype=str(p.dtype).removeprefix("torch."), dims=list(p.dims), example=list(p.example)) for p in network.ports],
         aliases=aliases,
         parameters={name: tensor.requires_grad for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)},
+        layouts={name: order for name, tensor in tensors.items() if (order := _layout(tensor)) != sorted(order)},
         origin=network.origin,
     )
     return record.model_dump_json(), tensors
+
+
+def _layout(tensor: Tensor) -> list[int]:
+    """The dimensions from the outermost in memory to the innermost; in order for a tensor that has gaps or overlaps."""
+    order = list(range(tensor.dim()))
+    by_stride = sorted(order, key=lambda d: -tensor.stride(d))
+    return by_stride if not tensor.is_contiguous() and tensor.permute(by_stride).is_contiguous() else order
+
+
+def _laid_out(tensor: Tensor, order: list[int]) -> Tensor:
+    if sorted(order) != list(range(tensor.dim())):
+        raise NetworkFileError(f"a tensor of {tensor.dim()} dimensions is laid out as {order}: the file is damaged.")
+    return tensor.permute(order).contiguous().permute([order.index(d) for d in range(tensor.dim())])
 
 
 def _node_record(node: fx.Node) -> NodeRecord:
@@ -144,7 +163,8 @@ def save(network: Description, named: dict[str, Tensor], path: Path) -> None:
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
-        save_file(plain, temporary, metadata={KEY: graph, "sha256": checksum(graph, plain)})
+        # One key: safetensors writes several in any order, and equal networks must give equal bytes.
+        save_file(plain, temporary, metadata={KEY: f"{checksum(graph, plain)}\n{graph}"})
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
@@ -203,9 +223,10 @@ def _read(path: Path) -> tuple[str, str, dict[str, Tensor]]:
         raise NetworkFileError(f"{path} does not exist.") from None
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise NetworkFileError(f"{path} is not a network file: {error}. It is damaged, or not made by Network.save.") from None
-    if KEY not in metadata or "sha256" not in metadata:
+    if "\n" not in metadata.get(KEY, ""):
         raise NetworkFileError(f"{path} is a safetensors file without a network in it: expected a file made by Network.save.")
-    return metadata[KEY], metadata["sha256"], tensors
+    expected, _, graph = metadata[KEY].partition("\n")
+    return graph, expected, tensors
 
 
 def _build(record: NetworkRecord, tensors: dict[str, Tensor]) -> Loaded:
@@ -238,7 +259,8 @@ def _build(record: NetworkRecord, tensors: dict[str, Tensor]) -> Loaded:
 
 def _named_tensors(record: NetworkRecord, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, stored in tensors.items():
+        tensor = _laid_out(stored, record.layouts[name]) if name in record.layouts else stored
         trains = record.parameters.get(name, False)
         if trains and not (tensor.is_floating_point() or tensor.is_complex()):
             raise NetworkFileError(f"tensor {name!r} is {tensor.dtype} and called trainable: the file is damaged.")
@@ -251,8 +273,8 @@ def _named_tensors(record: NetworkRecord, tensors: dict[str, Tensor]) -> dict[st
     for name in named:
         if not is_name(name) or name in folders:
             raise NetworkFileError(f"tensor name {name!r} is not a name: the file is damaged.")
-    if unknown := set(record.parameters) - set(tensors):
-        raise NetworkFileError(f"parameter {sorted(unknown)[0]!r} is not in the file: it is damaged.")
+    if unknown := (set(record.parameters) | set(record.layouts)) - set(tensors):
+        raise NetworkFileError(f"tensor {sorted(unknown)[0]!r} is not in the file: it is damaged.")
     return named
 
 
