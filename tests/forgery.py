@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from downsize.errors import NetworkFileError
 from downsize.network.capture import capture
 from downsize.network.file import KEY, checksum
 from downsize.network.network import Network
@@ -43,6 +46,9 @@ class Victim(nn.Module):
         return {"ids": ids, "x": x, "top": float("inf"), "nothing": None}
 
 
+Record = dict[str, Any]
+
+
 @functools.cache
 def victim() -> Network:
     return capture(Victim().eval(), Victim.example(2), more=[{**Victim.example(2), "x": torch.randn(2, 2, 5, 7)}])
@@ -58,3 +64,61 @@ def write(path: Path, record: Any, tensors: dict[str, Tensor]) -> None:
     """Forge a network file: any header over any tensors, with the checksum that a true one would have."""
     text = record if isinstance(record, str) else json.dumps(record)
     save_file(tensors, path, metadata={KEY: f"{checksum(text, tensors)}\n{text}"})
+
+
+@functools.cache
+def genuine(folder: Path) -> tuple[Record, dict[str, Tensor]]:
+    """The header and tensors of a true file; copy before changing them."""
+    victim().save(folder / "genuine")
+    return read(folder / "genuine")
+
+
+def node(record: Record, target: str) -> Record:
+    """The record of the first node with that target."""
+    return next(item for item in record["nodes"] if item["target"] == target)
+
+
+def load(path: Path, record: Any, tensors: dict[str, Tensor]) -> Network:
+    write(path, record, tensors)
+    return Network.load(path)
+
+
+def refused(path: Path, record: Any, tensors: dict[str, Tensor]) -> str:
+    """The message with which a forged file is refused."""
+    with pytest.raises(NetworkFileError) as caught:
+        load(path, record, tensors)
+    text = str(caught.value)
+    assert len(text) < 1000 and text.isprintable()
+    return text
+
+
+def run(network: Network) -> tuple[Tensor, ...]:
+    """The flat outputs at the sizes of the example, on zeros."""
+    with torch.no_grad():
+        return network.graph_module(*(torch.zeros(port.example, dtype=port.dtype) for port in network.ports))
+
+
+def everywhere(record: Record, old: str, new: str) -> Record:
+    """Rename a node, tensor or symbol in every place at once, so that references still fit."""
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {new if key == old else key: visit(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [visit(item) for item in value]
+        return new if value == old else value
+
+    return visit(record)
+
+
+def with_calls(record: Record, *calls: tuple[str, list[Any]]) -> Record:
+    """The record with further calls in front of its output, named c0, c1, ..."""
+    made = copy.deepcopy(record)
+    for number, (target, args) in enumerate(calls):
+        call = {"name": f"c{number}", "op": "call_function", "target": target, "args": args, "kwargs": {}, "module": "", "source": ""}
+        made["nodes"].insert(-1, call)
+    return made
+
+
+def words(text: str) -> list[str]:
+    return text.split()

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
 import itertools
-import logging
 import re
 import traceback
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +23,7 @@ from .network import Network
 from .operators import allowed
 from .parts import Port, assign, legal_name
 from .proof import check_equal
+from .quiet import quiet
 
 BATCH = "batch"
 WRAPPED = "downsize_model"
@@ -219,23 +217,10 @@ def _export(model: torch.nn.Module, call: Any, dynamic: dict[int, dict[int, str]
         open_shapes[tensor] = {d: Dim.AUTO for d in dynamic[leaf]}  # type: ignore[assignment]
     flat = _Flat(model, kwargs)
     try:
-        with _quiet():
+        with quiet():
             return export(flat, args, kwargs, dynamic_shapes=open_shapes.dynamic_shapes(flat, args, kwargs), strict=False)
     except Exception as error:
         raise CaptureError(_explain(error)) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep export's own prints, log lines and warnings off the user's screen; errors still come as exceptions."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 _VALUES = "The code branches on, or makes a shape from, the VALUES of a tensor (.item(), if tensor:, nonzero): use torch.where or a fixed size."
@@ -266,7 +251,7 @@ def _where(error: BaseException) -> str:
 
 
 def _network(program: ExportedProgram, call: Any, outputs: Structure, dynamic: dict[int, dict[int, str]]) -> Network:
-    with _quiet():
+    with quiet():
         module = program.module(check_guards=False)
     graph = module.graph
     inline_contexts(module)  # type: ignore[arg-type]

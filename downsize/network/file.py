@@ -197,7 +197,13 @@ def load(path: Path) -> Loaded:
             raise NetworkFileError("its checksum does not match: it is damaged. Make it again, or copy it again from where it was made.")
         return rebuild(graph, tensors)
     except NetworkFileError as error:
-        raise NetworkFileError(f"{path}: {error}") from None
+        raise NetworkFileError(f"{path}: {_shown(error)}") from None
+
+
+def _shown(error: BaseException) -> str:
+    """An error's message as a screen can show it: what a forged file says may be long, or written to confuse a terminal."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(error))
+    return text if len(text) <= 500 else f"{text[:400]} [...] {text[-100:]}"
 
 
 def rebuild(graph: str, tensors: dict[str, Tensor]) -> Loaded:
@@ -222,7 +228,7 @@ def _read(path: Path) -> tuple[str, str, dict[str, Tensor]]:
     except FileNotFoundError:
         raise NetworkFileError(f"{path} does not exist.") from None
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-        raise NetworkFileError(f"{path} is not a network file: {error}. It is damaged, or not made by Network.save.") from None
+        raise NetworkFileError(f"{path} is not a network file: {_shown(error)}. It is damaged, or not made by Network.save.") from None
     if "\n" not in metadata.get(KEY, ""):
         raise NetworkFileError(f"{path} is a safetensors file without a network in it: expected a file made by Network.save.")
     expected, _, graph = metadata[KEY].partition("\n")
@@ -251,7 +257,7 @@ def _build(record: NetworkRecord, tensors: dict[str, Tensor]) -> Loaded:
     try:
         graph.lint()
         module = fx.GraphModule(_root(named), graph)
-    except (RuntimeError, AttributeError, SyntaxError, ValueError, TypeError, KeyError, AssertionError) as error:
+    except Exception as error:  # torch.fx raises every kind
         raise NetworkFileError(f"the graph is not whole ({error}): the file is damaged.") from None
     dry_run(module, ports)
     return Loaded(module, record.inputs, record.outputs, ports, record.origin)

@@ -22,6 +22,7 @@ from ..errors import NetworkFileError
 from ..structure import Structure
 from .operators import SYMBOLIC_NAME
 from .parts import Port
+from .quiet import quiet
 
 # Products of sizes can grow without end in Python; no model's shapes need more.
 LARGEST_INTEGER_BITS = 1024
@@ -113,14 +114,15 @@ def _count_tensors(node: Any) -> int:
 
 
 def dry_run(module: fx.GraphModule, ports: tuple[Port, ...]) -> None:
-    """Run the graph on shapes alone, at the example's sizes: proves that every operator takes what it is given.
+    """Run the graph on shapes alone, at the example's sizes: proves that every operator takes what it is given (but for dtypes and values
+    that only a kernel refuses: such a graph fails with torch's own error when it is run).
 
     Raises:
         NetworkFileError: an operator fails, or would make tensors too large or too many.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_fallback_kernels=False)
     try:
-        with mode, torch.no_grad():
+        with quiet(), mode, torch.no_grad():
             leaves = [torch.empty(port.example, dtype=port.dtype) for port in ports]
             for leaf in leaves:
                 _check_size(leaf, "an input")
