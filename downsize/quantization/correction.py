@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..network.network import Network
 from ..network.rewrite import argument, constant, set_bias
 from ..network.statistics import walk
-from .insertion import settle_weights
+from .insertion import settle
 from .placement import WEIGHT_LAYERS
 
 FIRST_ROUND = 16
@@ -24,7 +24,7 @@ def correct_biases(reference: Network, quantized: Network, data: Sequence[list[T
     that the layers behind it see corrected inputs. A first round over a few pieces brings all layers near; the means of the second decide.
     Layers are matched by node name; those whose output has no channel mean (nothing to average) are left.
     """
-    running = settle_weights(quantized)
+    running = settle(quantized)
     names = {node.name: node for node in running.graph.nodes if node.target in WEIGHT_LAYERS and WEIGHT_LAYERS[node.target][2] is not None}
     references = {node.name: node for node in reference.graph.nodes if node.name in names}
     means = _reference_means(reference, list(references.values()), data)

@@ -19,7 +19,7 @@ from ..numerics.hessian import gptq
 from .insertion import FAKE, grid_of
 
 # Gram matrices held at a time, in elements: more layers take more passes over the data, not more memory.
-GRAM_ELEMENTS = 2**23
+GRAM_ELEMENTS = 2**24
 # Wider layers are rounded to nearest: solving takes the cube of this in time and the square in memory, and wants as many samples.
 LARGEST_COLUMNS = 1536
 # A convolution's input is taken from a window of this many output positions a side, which wanders over the image.

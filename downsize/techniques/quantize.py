@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import field
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from ..network.statistics import Pieces, distributions, walk
 from ..numerics.grids import SYMMETRIC_INT8, UINT8
 from ..quantization.correction import correct_biases
 from ..quantization.equalization import equalize
-from ..quantization.insertion import quantize_activations, quantize_dynamically, quantize_weights, settle_weights
+from ..quantization.insertion import quantize_activations, quantize_dynamically, quantize_weights, settle
 from ..quantization.placement import Placement, place
 from ..quantization.ranges import ESTIMATORS, Range, candidates, choose
 from ..quantization.rounding import round_weights
@@ -26,7 +25,8 @@ from ..task import Task
 
 # How many pieces (of one sample or a few) are enough to compare choices, and to solve for weights and biases.
 TRIAL_PIECES = 8
-SOLVER_PIECES = 64
+ROUNDING_PIECES = 40
+MEAN_PIECES = 64
 
 
 @frozen
@@ -72,8 +72,7 @@ class Quantize:
             return self._weights_only(plain)
         pieces = self._split(plain, task)
         judge = Judge(plain, pieces[1])
-        for balance, wanted in ((_equalized, self.equalize), (_smoothed, self.smooth)):
-            plain = self._balanced(plain, balance, pieces, judge) if wanted else plain
+        plain = self._balanced(plain, pieces, judge)
         made = self._static(plain, pieces, judge)
         made.origin["quantized"] = "int8 static"
         return made
@@ -85,17 +84,21 @@ class Quantize:
             return pieces, pieces
         return pieces.parted(max(2, len(pieces) // max(1, min(self.holdout, len(pieces) // 2))))
 
-    def _balanced(self, plain: Network, balance: Callable[..., int], pieces: tuple[Pieces, Pieces], judge: Judge) -> Network:
-        """The network with its scales moved around by ``balance``, if plain rounding of it on full ranges then loses less; else as it came."""
-        balanced = plain.fork()
-        if not balance(balanced, pieces):
-            return plain
-        losses = []
-        for network in (plain, balanced):
-            placement = place(network)
-            measured = distributions(network, pieces[0][:TRIAL_PIECES], _own(placement))
-            losses.append(judge(self._build(network, placement, {node: (d.low, d.high) for node, d in measured.items()})))
-        return balanced if losses[1] < losses[0] else plain
+    def _balanced(self, plain: Network, pieces: tuple[Pieces, Pieces], judge: Judge) -> Network:
+        """The network with scales moved between its layers, where plain rounding of it on full ranges then loses less; else as it came."""
+        loss = None
+        for balance, wanted in ((_equalized, self.equalize), (_smoothed, self.smooth)):
+            balanced = plain.fork()
+            if wanted and balance(balanced, pieces):
+                loss = self._trial(plain, pieces, judge) if loss is None else loss
+                if (lower := self._trial(balanced, pieces, judge)) < loss:
+                    loss, plain = lower, balanced
+        return plain
+
+    def _trial(self, network: Network, pieces: tuple[Pieces, Pieces], judge: Judge) -> float:
+        placement = place(network)
+        measured = distributions(network, _spread(pieces[0], TRIAL_PIECES), _own(placement))
+        return judge(self._build(network, placement, {node: (d.low, d.high) for node, d in measured.items()}))
 
     def _static(self, plain: Network, pieces: tuple[Pieces, Pieces], judge: Judge) -> Network:
         fit, held = pieces
@@ -104,14 +107,14 @@ class Quantize:
             raise TaskError("The network has no convolution or linear layer with a constant weight: there is nothing to quantize.")
         measured = distributions(plain, fit, _own(placement))
         options = {node: candidates(found, UINT8, self.ranges) for node, found in measured.items()}
-        chosen = choose(plain, placement.activations, options, held[:TRIAL_PIECES], UINT8)
+        chosen = choose(plain, placement.activations, options, _spread(held, TRIAL_PIECES), UINT8)
         full = {node: ranges[0] for node, ranges in options.items()}
         trials = [self._build(plain, placement, ranges) for ranges in ([full, chosen] if "minmax" in self.ranges else [chosen])]
         loss, best = min(((judge(trial), trial) for trial in trials), key=lambda pair: pair[0])
-        for improve, wanted in ((round_weights, self.rounding == "gptq"), (correct_biases, self.correct)):
+        for improve, wanted, count in ((round_weights, self.rounding == "gptq", ROUNDING_PIECES), (correct_biases, self.correct, MEAN_PIECES)):
             if wanted:
                 improved = best.fork()
-                improve(plain, improved, fit[:SOLVER_PIECES])
+                improve(plain, improved, _spread(fit, count))
                 if (lower := judge(improved)) < loss:
                     loss, best = lower, improved
         return best
@@ -153,7 +156,7 @@ class Judge:
 
     def __call__(self, other: Network) -> float:
         """The squared relative error, a fraction."""
-        settled = settle_weights(other)
+        settled = settle(other)
         error = norm = 0.0
         for leaves, outputs in zip(self.data, self.expected, strict=True):
             for one, two in zip(outputs, walk(settled, leaves, {}), strict=True):
@@ -169,7 +172,12 @@ def _equalized(network: Network, pieces: tuple[Pieces, Pieces]) -> int:
 
 
 def _smoothed(network: Network, pieces: tuple[Pieces, Pieces]) -> int:
-    return smooth(network, place(network), pieces[0][:SOLVER_PIECES], pieces[1][:TRIAL_PIECES])
+    return smooth(network, place(network), _spread(pieces[0], ROUNDING_PIECES), _spread(pieces[1], TRIAL_PIECES))
+
+
+def _spread(pieces: Pieces, count: int) -> Pieces:
+    """At most ``count`` of the pieces, evenly over the data."""
+    return pieces[:: max(1, -(-len(pieces) // count))]
 
 
 def _own(placement: Placement) -> list[fx.Node]:
