@@ -90,8 +90,9 @@ class Network:
                 yield node.target, self.tensor(node.target)
 
     def parameters(self) -> Iterator[Tensor]:
-        """The trainable tensors, each once."""
-        return (parameter for parameter in self.graph_module.parameters() if parameter.requires_grad)
+        """The trainable tensors that the graph reads, each once."""
+        found = {id(tensor): tensor for _, tensor in self.named_tensors() if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad}
+        return iter(found.values())
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name. Raises AttributeError if there is none."""
