@@ -58,6 +58,12 @@ def test_nodes_say_where_they_come_from():
     assert rows["", "aten.add.Tensor"].endswith("y += self.skip(x)") and "zoo.py:" in rows["", "aten.add.Tensor"]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_sources_are_never_torchs(name):
+    sources = {node.meta["source"] for node in specimen(name)[1].graph.nodes if node.op == "call_function"}
+    assert all(not source or (source.startswith("/") and "/torch/" not in source) for source in sources)
+
+
 def test_leaves_the_model_as_it_was():
     model = BY_NAME["residual"].make()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

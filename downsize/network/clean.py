@@ -19,7 +19,7 @@ from .memory import may_alias, sharers, writes
 from .parts import assign
 
 aten = torch.ops.aten
-NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<eval_with_key", "<frozen")
+NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<eval_with_key", "<frozen", "torch/fx/")
 # What export calls the path of shape arithmetic.
 NO_MODULE = "_empty_nn_module_stack"
 ASSERTIONS = ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten._assert_async", "aten.sym_constrain_range", "aten._functional_assert")
