@@ -162,7 +162,7 @@ def onnxruntime_dynamic(start: Start, file: Path, folder: Path) -> str | None:
 
 def nncf_int8(start: Start, file: Path, folder: Path) -> None:
     """nncf's defaults on the ONNX model, told the type of the model when it is a transformer."""
-    import nncf
+    import nncf  # pyright: ignore[reportMissingImports]  (a peer, not a dependency)
     import onnx
 
     plain = folder / "float.onnx"
