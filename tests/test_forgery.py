@@ -21,6 +21,7 @@ from downsize.network.operators import SYMBOLIC
 
 OTHERS = """
     aten.from_file.default aten.from_file.out aten.set_.source_Tensor aten.resize_.default aten.item.default aten._local_scalar_dense.default
+    aten.max_pool2d_with_indices_backward.default aten.embedding_dense_backward.default aten._native_batch_norm_legit_no_training.default
     aten.add.out aten.cat.out aten._print.default aten.save.default aten.__class__.default aten.__dict__.default aten.add.__class__
     aten.add._op aten.add.decompose aten.conv2d aten.conv2d.default.__call__ aten..default aten.conv2d. .. torch.load torch.save torch.hub.load
     torch.classes.load_library prims.add.default quantized.linear.default profiler._record_function_enter.default higher_order.cond

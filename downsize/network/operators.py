@@ -44,7 +44,7 @@ _ORDINARY = """
     leaky_relu lerp lift_fresh lift_fresh_copy linalg_norm linalg_vector_norm linear linspace log_sigmoid log_softmax logcumsumexp logsumexp lstm
     lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell masked_fill masked_scatter masked_select matmul matrix_power max max_pool1d max_pool2d
     max_pool3d max_pool2d_with_indices mean median meshgrid min mish mm mode movedim moveaxis mul multiply mv nan_to_num nanmean nansum narrow
-    native_batch_norm native_group_norm native_layer_norm new_empty new_full new_ones new_zeros nonzero norm normalize numpy_T one_hot ones
+    native_group_norm native_layer_norm new_empty new_full new_ones new_zeros nonzero norm normalize numpy_T one_hot ones
     ones_like outer pad pairwise_distance permute pixel_shuffle pixel_unshuffle prelu prod rand_like randn_like ravel reflection_pad1d
     reflection_pad2d reflection_pad3d relu relu6 renorm repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape
     reshape_as resolve_conj resolve_neg rms_norm rnn_relu rnn_tanh roll rot90 rrelu rsub scalar_tensor scaled_dot_product_attention scatter
@@ -55,14 +55,20 @@ _ORDINARY = """
     upsample_nearest3d upsample_trilinear3d var var_mean view view_as vstack where zero zero_ zeros zeros_like
     complex polar stft istft alpha_dropout feature_alpha_dropout tensordot kron vdot linalg_matmul chain_matmul hsplit vsplit dsplit dstack argwhere
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa quantile nanmedian
-    _adaptive_avg_pool2d _cdist_forward _convolution _euclidean_dist _fft_c2c _log_softmax _native_batch_norm_legit
-    _native_batch_norm_legit_no_training _shape_as_tensor _softmax _to_copy _trilinear _unsafe_view _weight_norm _weight_norm_interface __and__
+    _adaptive_avg_pool2d _cdist_forward _convolution _euclidean_dist _fft_c2c _log_softmax _shape_as_tensor _softmax _to_copy _trilinear
+    _unsafe_view _weight_norm mH mT matrix_H adjoint linalg_householder_product __and__
     __or__ __xor__ __lshift__ __rshift__ __iand__ __ior__ bitwise_and bitwise_or fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2
     fft_irfft2 view_as_real view_as_complex real imag
 """
 ORDINARY = frozenset(_ORDINARY.split())
 OPERATOR_NAMESPACES = ("aten", "downsize")
-FORBIDDEN = frozenset({"from_file", "set_", "set", "resize_", "resize", "_print", "_local_scalar_dense", "item", "data", "requires_grad_"})
+# The last two lines read or write past the end of a tensor when another argument lies about its size, as all backward operators do.
+_FORBIDDEN = """
+    from_file set_ set resize_ resize _print _local_scalar_dense item data requires_grad_
+    native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _native_batch_norm_legit_functional
+    batch_norm_with_update _batch_norm_no_update _batch_norm_with_update
+    """
+FORBIDDEN = frozenset(_FORBIDDEN.split())
 
 
 def allowed(target: object) -> bool:
@@ -71,12 +77,16 @@ def allowed(target: object) -> bool:
         name = target._schema.name.split("::")[1]
         if target.namespace == "downsize":
             return True
-        if target.namespace != "aten" or name in FORBIDDEN or any(argument.is_out for argument in target._schema.arguments):
+        if target.namespace != "aten" or name in FORBIDDEN or name.endswith("_backward") or _writes_out(target):
             return False
         functional = name[:-1] if name.endswith("_") and not name.endswith("__") else name
         tagged = bool({torch.Tag.core, torch.Tag.pointwise} & set(target.tags))
         return name in ORDINARY or functional in ORDINARY or tagged or _out_of_place(target, functional)
     return target in SYMBOLIC_NAME
+
+
+def _writes_out(target: Any) -> bool:
+    return any(argument.is_out for argument in target._schema.arguments)
 
 
 def _out_of_place(target: Any, functional: str) -> bool:
