@@ -260,9 +260,9 @@ def test_counters_are_dropped():
     assert targets(network) == ["aten.linear.default"]
 
 
-def test_weight_norm_and_other_parametrizations():
+def test_weight_norm_and_spectral_norm():
     normed = nn.utils.parametrizations
-    layers = [normed.weight_norm(nn.Conv1d(4, 6, 3)), normed.spectral_norm(nn.Linear(8, 5)), normed.orthogonal(nn.Linear(5, 5))]
+    layers = [normed.weight_norm(nn.Conv1d(4, 6, 3)), normed.spectral_norm(nn.Linear(8, 5))]
     model, x = nn.Sequential(*layers).eval(), torch.randn(2, 4, 10)
     assert_close(capture(model, x)(x), model(x))
 
