@@ -204,9 +204,10 @@ def _gap(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 
 
 def _quantizers(network: Network) -> list[fx.Node]:
-    """The quantizers of activations, in the order in which they stand in a file."""
-    found = [node for node in network.graph.nodes if node.target is FAKE and constant(network, node.args[0]) is None]
-    return found + [node for node in network.graph.nodes if node.target is DYNAMIC]
+    """The quantizers of activations, in the order in which they stand in a file: dynamic ones last, each where it is first read."""
+    static = [node for node in network.graph.nodes if node.target is FAKE and constant(network, node.args[0]) is None]
+    read = [source for node in network.graph.nodes for source in node.all_input_nodes if source.target is DYNAMIC]
+    return static + list(dict.fromkeys(read))
 
 
 def _has_float_inputs(network: Network) -> bool:

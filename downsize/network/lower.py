@@ -10,15 +10,11 @@ Vocabulary after lowering (our own operators, each one ONNX operator or two): ``
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import ExportError
 from ..numerics import grids
-from .clean import at
 from .network import Network
 from .rewrite import CONVOLUTIONS, add_constant, argument, constant, only_user
 from .statistics import shapes
@@ -34,13 +30,6 @@ PRODUCTS: dict[object, tuple[int, int, int | None, int]] = {
     aten.mm.default: (0, 1, None, 1),
     aten.matmul.default: (0, 1, None, 1),
 }
-# Average pools, each with the convolution of as many dimensions.
-AVERAGE_POOLS = {
-    aten.avg_pool1d.default: (aten.conv1d.default, 1),
-    aten.avg_pool2d.default: (aten.conv2d.default, 2),
-    aten.avg_pool3d.default: (aten.conv3d.default, 3),
-}
-POOL_SIZES = ((1, "kernel_size", None), (2, "stride", []), (3, "padding", 0))
 
 
 @torch.library.custom_op("downsize::quantize", mutates_args=())
@@ -91,8 +80,7 @@ def lower(network: Network) -> None:
     """Replace the fake quantizers of ``network`` by integer constants and quantize/dequantize pairs, in place."""
     fakes = [node for node in network.graph.nodes if node.target is ours.fake_quantize.default]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        sizes = shapes(network) if fakes else {}
-    ranks = {node: len(size) for node, size in sizes.items()}
+        ranks = {node: len(size) for node, size in shapes(network).items()} if fakes else {}
     weights = [fake for fake in fakes if constant(network, fake.args[0]) is not None]
     for fake in weights:
         _lower_weight(network, fake, ranks)
@@ -105,8 +93,6 @@ def lower(network: Network) -> None:
     for node in list(network.graph.nodes):
         if node.target in CONVOLUTIONS or node.target in (aten.linear.default, aten.addmm.default):
             _lower_bias(network, node)
-        elif fakes and node.target in AVERAGE_POOLS:
-            _lower_pool(network, node, sizes)
     network.recompile()
 
 
@@ -127,21 +113,23 @@ def _lower_weight(network: Network, fake: fx.Node, ranks: dict[fx.Node, int]) ->
         elif user.target in PRODUCTS and user.args[PRODUCTS[user.target][1]] is fake and axis in (None, PRODUCTS[user.target][3]):
             _lower_product(network, user, name, q, scale, zero_point, ranks)
     if fake.users:
-        made = _dequantized(network, name, q, scale, zero_point, axis, fake)
+        made = dequantized(network, name, q, scale, zero_point, axis, fake)
         fake.replace_all_uses_with(made)
     network.graph.erase_node(fake)
 
 
-def _dequantized(network: Network, name: str, q: Tensor, scale: Tensor, zero_point: Tensor, axis: object, before: fx.Node) -> fx.Node:
+def dequantized(network: Network, name: str, q: Tensor, scale: Tensor, zero_point: Tensor, axis: object, before: fx.Node) -> fx.Node:
+    """The values of constant codes, as a node before ``before``."""
     parts = [
         add_constant(network, f"{name}_codes", q, before),
         add_constant(network, f"{name}_scale", scale.detach(), before),
         add_constant(network, f"{name}_zero", zero_point.to(q.dtype), before),
     ]
-    return _call(network, before, ours.dequantize.default, (*parts, axis))
+    return insert_call(network, before, ours.dequantize.default, (*parts, axis))
 
 
-def _call(network: Network, before: fx.Node, target: object, args: tuple[object, ...]) -> fx.Node:
+def insert_call(network: Network, before: fx.Node, target: object, args: tuple[object, ...]) -> fx.Node:
+    """A call of ``target`` before ``before``, which stands for the same part of the user's model."""
     with network.graph.inserting_before(before):
         made = network.graph.call_function(target, args)
     made.meta = dict(before.meta)
@@ -152,7 +140,7 @@ def _lower_embedding(network: Network, user: fx.Node, name: str, q: Tensor, scal
     rows = scale.detach().reshape(-1, 1) if axis == 0 else scale.detach().reshape(1, 1).expand(q.shape[0], 1).contiguous()
     table = add_constant(network, f"{name}_codes", q, user)
     scales = add_constant(network, f"{name}_scale", rows, user)
-    user.replace_all_uses_with(_call(network, user, ours.quantized_embedding.default, (table, scales, user.args[1])))
+    user.replace_all_uses_with(insert_call(network, user, ours.quantized_embedding.default, (table, scales, user.args[1])))
     network.graph.erase_node(user)
 
 
@@ -173,11 +161,11 @@ def _lower_product(network: Network, user: fx.Node, name: str, q: Tensor, scale:
             add_constant(network, f"{name}_codes", codes, user),
             add_constant(network, f"{name}_scale", scale.detach().expand(codes.shape[1]).contiguous(), user),
         ]
-        product = _call(network, user, ours.dynamic_linear.default, (source.args[0], *made))
+        product = insert_call(network, user, ours.dynamic_linear.default, (source.args[0], *made))
     else:
-        product = _call(network, user, aten.matmul.default, (source, _dequantized(network, name, codes, scale, zero_point, axis, user)))
+        product = insert_call(network, user, aten.matmul.default, (source, dequantized(network, name, codes, scale, zero_point, axis, user)))
     if bias is not None:
-        product = _call(network, user, aten.add.Tensor, (product, bias))
+        product = insert_call(network, user, aten.add.Tensor, (product, bias))
     user.replace_all_uses_with(product)
     network.graph.erase_node(user)
 
@@ -189,8 +177,8 @@ def _lower_activation(network: Network, fake: fx.Node) -> None:
     made_scale = add_constant(network, f"{name}_scale", scale.detach().reshape(()), fake)
     made_zero = add_constant(network, f"{name}_zero", zero_point.reshape(()).to(_grid(fake).dtype), fake)
     source = _before_clipping(network, fake, float(scale), int(zero_point))
-    q = _call(network, fake, ours.quantize.default, (source, made_scale, made_zero))
-    fake.replace_all_uses_with(_call(network, fake, ours.dequantize.default, (q, made_scale, made_zero, None)))
+    q = insert_call(network, fake, ours.quantize.default, (source, made_scale, made_zero))
+    fake.replace_all_uses_with(insert_call(network, fake, ours.dequantize.default, (q, made_scale, made_zero, None)))
     network.graph.erase_node(fake)
 
 
@@ -242,7 +230,7 @@ def _lower_bias(network: Network, layer: fx.Node) -> None:
     if not float(codes.abs().max()) <= LARGEST_BIAS_CODE:
         return
     name = str(argument(layer, at_bias, "bias").target)
-    made = _dequantized(network, name, codes.to(torch.int32), scale.float(), torch.zeros(bias.shape, dtype=torch.int32), 0, layer)
+    made = dequantized(network, name, codes.to(torch.int32), scale.float(), torch.zeros(bias.shape, dtype=torch.int32), 0, layer)
     layer.update_arg(at_bias, made)
 
 
@@ -255,42 +243,3 @@ def _join_bias(network: Network, total: fx.Node, ranks: dict[fx.Node, int]) -> N
     values = constant(network, bias)
     if integers and values is not None and values.dim() == 1 and only_user(product) is total and not total.kwargs:
         total.target, total.args = aten.addmm.default, (bias, *product.args)
-
-
-def _lower_pool(network: Network, pool: fx.Node, sizes: dict[fx.Node, tuple[int, ...]]) -> None:
-    """An average pool that counts its padding becomes a convolution with equal integer weights, unless zero is the lowest code.
-
-    OpenVINO pads an integer pool with code 0, also where that is not zero; ONNX Runtime's integer pool counts what ``ceil_mode`` adds.
-
-    Raises:
-        ExportError: the pool counts its padding and has ``ceil_mode`` too.
-    """
-    source, convolution, rank = pool.args[0], *AVERAGE_POOLS[pool.target]
-    kernel, stride, padding = (_of_rank(argument(pool, i, name, default), rank) for i, name, default in POOL_SIZES)
-    counted = argument(pool, 5, "count_include_pad", True)
-    before = source.target is aten.pad.default  # runtimes merge it into the pool
-    if argument(pool, 6, "divisor_override") is not None or (any(padding) and not counted):
-        return
-    if not before and not any(padding):
-        pool.args, pool.kwargs = (source, kernel, stride or kernel, padding, bool(argument(pool, 4, "ceil_mode", False)), False), {}
-        return
-    origin = source.args[0] if before else source
-    if origin.target is ours.dequantize.default and int(constant(network, origin.args[2])) == 0:
-        return
-    if argument(pool, 4, "ceil_mode", False):
-        raise ExportError(
-            f"An average pool counts its padding and rounds its size up, which runtimes get wrong in int8.\n{at(pool)}Set one to False."
-        )
-    channels, count = sizes[pool][-rank - 1], math.prod(kernel)
-    largest = grids.SYMMETRIC_INT8.high
-    q = torch.full((channels, 1, *kernel), largest, dtype=torch.int8)
-    scale, zero = torch.full((channels,), 1 / (largest * count)), torch.zeros(channels, dtype=torch.int32)
-    weight = _dequantized(network, f"{pool.name}_average", q, scale, zero, 0, pool)
-    pool.target, pool.kwargs = convolution, {}
-    pool.args = (source, weight, None, stride or kernel, padding, [1] * rank, channels)
-
-
-def _of_rank(value: object, rank: int) -> list[int]:
-    """A size given as one number or as a list, as a list of that length; an empty one stays empty."""
-    given = [value] if isinstance(value, int) else list(value)
-    return given * rank if len(given) == 1 else given

@@ -28,6 +28,7 @@ from ..errors import ExportError
 from .lower import lower
 from .network import Network
 from .rewrite import aten, drop_identities, fold_batch_norm, fold_padding
+from .runtime_faults import avoid
 
 METADATA_KEY = "downsize.io"
 # protobuf cannot hold more in one file.
@@ -96,6 +97,7 @@ def to_onnx(network: Network) -> ir.Model:
     fold_batch_norm(lowered)
     fold_padding(lowered)
     lower(lowered)
+    avoid(lowered)
     size = sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for _, t in lowered.named_tensors()}.values())
     if size > LARGEST_FILE:
         raise ExportError(f"The file would hold {size / 1e9:.1f} GB; one ONNX file holds at most 2 GB. Compress the network more, or split it.")
