@@ -84,10 +84,15 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None
     Gradient: straight through for ``x`` inside the range, and the learned step size for ``scale``
     (Esser et al. 2020, arXiv 1902.08153, without its gradient scaling).
     """
-    if axis is None and x.dtype is torch.float32:
-        return torch.fake_quantize_per_tensor_affine(x, scale.reshape(1), zero_point.reshape(1), low, high)  # one pass over memory, not five
     s, z = _per_axis(scale, axis, x.dim()), _per_axis(zero_point, axis, x.dim())
-    return (torch.round(x / s).add_(z).clamp_(low, high).sub_(z)).mul_(s)
+    rounded = torch.div(_wide(x), s).round_()
+    clipped = rounded.clamp_(low - int(z), high - int(z)) if axis is None else rounded.add_(z).clamp_(low, high).sub_(z)
+    return clipped.mul_(s).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: half the codes would be rounded wrongly in 16 bits."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 @fake_quantize.register_fake
@@ -103,14 +108,15 @@ def _save(ctx, inputs, output) -> None:
 def _gradient(ctx, grad: Tensor):
     x, scale, zero_point = ctx.saved_tensors
     s, z = _per_axis(scale, ctx.axis, x.dim()), _per_axis(zero_point, ctx.axis, x.dim())
-    rounded = torch.round(x / s) + z
+    steps = _wide(x) / s
+    rounded = torch.round(steps) + z
     inside = (rounded >= ctx.low) & (rounded <= ctx.high)
-    to_scale = grad * (rounded.clamp(ctx.low, ctx.high) - z - torch.where(inside, x / s, 0.0))
+    to_scale = grad * (rounded.clamp(ctx.low, ctx.high) - z - torch.where(inside, steps, 0.0))
     if ctx.axis is None:
         to_scale = to_scale.sum().reshape(scale.shape)
     else:
         to_scale = to_scale.transpose(0, ctx.axis).flatten(1).sum(1) if x.dim() > 1 else to_scale
-    return grad * inside, to_scale, None, None, None, None
+    return grad * inside, to_scale.to(scale.dtype), None, None, None, None
 
 
 fake_quantize.register_autograd(_gradient, setup_context=_save)
@@ -118,9 +124,16 @@ fake_quantize.register_autograd(_gradient, setup_context=_save)
 
 @torch.library.custom_op("downsize::fake_quantize_dynamic", mutates_args=())
 def fake_quantize_dynamic(x: Tensor) -> Tensor:
-    """Fake-quantize to uint8 with the range of this very tensor, as ONNX DynamicQuantizeLinear does: one scale for the whole tensor."""
-    scale, zero_point = affine(x.amin(), x.amax(), UINT8)
-    return (torch.round(x / scale).add_(zero_point).clamp_(0, 255).sub_(zero_point)).mul_(scale)
+    """Fake-quantize to uint8 with the range of this very tensor, as ONNX DynamicQuantizeLinear does: one scale for the whole tensor.
+
+    The scale and zero point are computed in float32, as its definition says.
+    """
+    wide = x.float()
+    low, high = wide.amin().clamp(max=0.0), wide.amax().clamp(min=0.0)
+    scale = (high - low) / 255
+    scale = torch.where(scale > 0, scale, 1.0)
+    zero_point = (-low / scale).clamp(0, 255).round()
+    return (torch.div(wide, scale).round_().add_(zero_point).clamp_(0, 255).sub_(zero_point)).mul_(scale).to(x.dtype)
 
 
 @fake_quantize_dynamic.register_fake
