@@ -1,6 +1,6 @@
 """int8 side by side: downsize, onnxruntime.quantization and nncf on three models, in one run.
 
-    python benchmarks/int8.py                                  # everything, about 15 minutes on two quiet cores
+    python benchmarks/int8.py                                  # everything, about 20 minutes
     python benchmarks/int8.py --model lite0 --method downsize --method nncf
     python benchmarks/int8.py --quick                          # a few samples: to see that it works, not for numbers
     python benchmarks/int8.py --show runs/int8/results.json --markdown
