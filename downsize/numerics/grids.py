@@ -36,10 +36,13 @@ SYMMETRIC_INT8 = Grid(-127, 127)
 def affine(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the asymmetric grid that covers [low, high] and holds zero exactly (padding must stay zero).
 
+    The scale is smaller than (high - low) / levels by a millionth, so that both ends take the outermost codes also where rounding
+    errors decide between two: then nothing need clip to [low, high] before.
+
     Args: ``low``, ``high``: any equal shape. Returns: ``scale`` float32 and ``zero_point`` int32 of that shape.
     """
     low, high = torch.clamp(low, max=0.0).double(), torch.clamp(high, min=0.0).double()
-    scale = ((high - low) / (grid.high - grid.low)).clamp(min=SMALLEST_SCALE)
+    scale = ((high - low) * (1 - 1e-6) / (grid.high - grid.low)).clamp(min=SMALLEST_SCALE)
     zero_point = (grid.low - low / scale).round().clamp(grid.low, grid.high)
     return scale.float(), zero_point.int()
 
