@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import collections
+import itertools
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +29,8 @@ from downsize.techniques.quantize import Quantize
 
 needs_openvino = pytest.mark.skipif(RUNTIMES["openvino"].missing() is not None, reason="no openvino")
 VOCABULARY = 50
+FOLDER, NUMBERS = Path(tempfile.mkdtemp(prefix="downsize-tests-")), itertools.count()
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 FLOAT_LAYERS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMulNBits"}
 
 
@@ -76,7 +81,6 @@ class Made:
     quantized: Network
     path: Path
     inputs: Any
-    folder: tempfile.TemporaryDirectory[str]
 
 
 def plain(model: nn.Module, example: Any) -> Network:
@@ -91,10 +95,9 @@ def plain(model: nn.Module, example: Any) -> Network:
 def int8(model: nn.Module, example: Any, **options: Any) -> Made:
     network = capture(model.eval(), example)
     quantized = Quantize(**options)(network, task_of(model, example))
-    folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name, "model.onnx")
+    path = FOLDER / f"{next(NUMBERS)}.onnx"
     write(quantized, path)
-    return Made(model, network, quantized, path, like(example, 8, 99), folder)
+    return Made(model, network, quantized, path, like(example, 8, 99))
 
 
 def in_onnxruntime(path: Path) -> collections.Counter[str]:
