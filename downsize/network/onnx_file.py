@@ -25,6 +25,7 @@ from onnxscript import opset20 as op
 from torch.export import Dim, export
 
 from ..errors import ExportError
+from .attention import spell_attention
 from .lower import lower
 from .network import Network
 from .rewrite import aten, drop_identities, fold_batch_norm, fold_padding
@@ -75,18 +76,22 @@ def write(network: Network, path: str | Path) -> None:
     """Write ``network`` to ``path`` as one ONNX file (opset 20), whole or not at all; batch and other open dimensions stay open.
 
     Raises:
-        ExportError: naming the operator that ONNX cannot say and the user's source line.
+        ExportError: naming the operator that ONNX cannot say and the user's source line; or the disk is full, or the folder missing.
     """
     model = to_onnx(network)
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = ""
     try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
         ir.save(model, temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ExportError(f"{path} cannot be written: {error.strerror or error}. Give a folder that exists and has room.") from error
         raise
 
 
@@ -98,25 +103,31 @@ def to_onnx(network: Network) -> ir.Model:
     fold_padding(lowered)
     lower(lowered)
     avoid(lowered)
+    spell_attention(lowered)
     size = sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for _, t in lowered.named_tensors()}.values())
     if size > LARGEST_FILE:
         raise ExportError(f"The file would hold {size / 1e9:.1f} GB; one ONNX file holds at most 2 GB. Compress the network more, or split it.")
     names = [port.name for port in network.ports], _output_names(lowered)
+    made = _translate(lowered, names)
+    _finish(made, network, names)
+    return made
+
+
+def _translate(network: Network, names: tuple[list[str], list[str]]) -> ir.Model:
     with _quiet():
-        program = _export(lowered)
+        program = _export(network)
         try:
             made = torch.onnx.export(
                 program,
                 dynamo=True,
                 input_names=names[0],
                 output_names=names[1],
-                custom_translation_table=_translations(lowered),
+                custom_translation_table=_translations(network),
                 verbose=False,
             )
         except Exception as error:
-            raise ExportError(_explain(error, lowered)) from error
+            raise ExportError(_explain(error, network)) from error
     assert made is not None
-    _finish(made.model, network, names)
     return made.model
 
 
