@@ -10,6 +10,9 @@ Vocabulary after lowering (our own operators, each one ONNX operator or two): ``
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -55,14 +58,17 @@ def _(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
 
 
 @torch.library.custom_op("downsize::quantized_embedding", mutates_args=())
-def quantized_embedding(q: Tensor, scale: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` of a table of codes [rows, width] with one scale a row [rows, 1]: float [*index, width]."""
-    return q[index].float() * scale[index]
+def quantized_embedding(q: Tensor, scale: Tensor, index: Tensor, axis: int) -> Tensor:
+    """Rows ``index`` of a table with one scale a row [rows, 1]: float [*index, width].
+
+    ``q``: the codes, [rows, width] when ``axis`` is 0, [width, rows] when it is 1.
+    """
+    return (q[index] if axis == 0 else q.t()[index]).float() * scale[index]
 
 
 @quantized_embedding.register_fake
-def _(q: Tensor, scale: Tensor, index: Tensor) -> Tensor:
-    return scale.new_empty([*index.shape, q.shape[1]])
+def _(q: Tensor, scale: Tensor, index: Tensor, axis: int) -> Tensor:
+    return scale.new_empty([*index.shape, q.shape[1 - axis]])
 
 
 @torch.library.custom_op("downsize::dynamic_linear", mutates_args=())
@@ -100,21 +106,52 @@ def _grid(fake: fx.Node) -> grids.Grid:
     return grids.Grid(int(fake.args[4]), int(fake.args[5]))
 
 
+@dataclass
+class _Weight:
+    """A fake-quantized weight: its codes, and the constants made of them so far, by whether they are transposed."""
+
+    network: Network
+    fake: fx.Node
+    q: Tensor
+    made: dict[bool, fx.Node] = field(default_factory=dict)
+
+    @staticmethod
+    def of(network: Network, fake: fx.Node) -> _Weight:
+        weight, scale, zero_point = (constant(network, node) for node in fake.args[:3])
+        assert weight is not None and scale is not None and zero_point is not None
+        with torch.no_grad():
+            return _Weight(network, fake, grids.codes(weight, scale, zero_point, fake.args[3], _grid(fake)))
+
+    def constant(self, what: str, tensor: Tensor) -> fx.Node:
+        return add_constant(self.network, f"{self.fake.args[0].target}_{what}", tensor.detach(), self.fake)
+
+    def scale(self) -> Tensor:
+        return constant(self.network, self.fake.args[1])
+
+    def codes(self, transposed: bool) -> fx.Node:
+        if transposed not in self.made:
+            self.made[transposed] = self.constant("codes", self.q.t().contiguous() if transposed else self.q)
+        return self.made[transposed]
+
+    def values(self, transposed: bool, before: fx.Node) -> fx.Node:
+        axis: Any = self.fake.args[3]
+        zero = self.constant("zero", constant(self.network, self.fake.args[2]).to(self.q.dtype))
+        parts = self.codes(transposed), self.constant("scale", self.scale()), zero
+        return insert_call(self.network, before, ours.dequantize.default, (*parts, axis if axis is None or not transposed else 1 - axis))
+
+
 def _lower_weight(network: Network, fake: fx.Node, ranks: dict[fx.Node, int]) -> None:
-    weight, scale, zero_point = (constant(network, node) for node in fake.args[:3])
-    assert weight is not None and scale is not None and zero_point is not None
-    axis, grid = fake.args[3], _grid(fake)
-    with torch.no_grad():
-        q = grids.codes(weight, scale, zero_point, axis, grid)
-    name = str(fake.args[0].target)
+    weight = _Weight.of(network, fake)
+    tables = [user for user in fake.users if user.target is aten.embedding.default and user.args[0] is fake]
     for user in list(fake.users):
-        if user.target is aten.embedding.default and user.args[0] is fake:
-            _lower_embedding(network, user, name, q, scale, axis)
-        elif user.target in PRODUCTS and user.args[PRODUCTS[user.target][1]] is fake and axis in (None, PRODUCTS[user.target][3]):
-            _lower_product(network, user, name, q, scale, zero_point, ranks)
-    if fake.users:
-        made = dequantized(network, name, q, scale, zero_point, axis, fake)
-        fake.replace_all_uses_with(made)
+        if user.target in PRODUCTS and user.args[PRODUCTS[user.target][1]] is fake and fake.args[3] in (None, PRODUCTS[user.target][3]):
+            _lower_product(weight, user, ranks)
+    if set(fake.users) - set(tables):
+        made = weight.values(False, fake)
+        fake.replace_all_uses_with(made, delete_user_cb=lambda user: user not in tables)
+    for user in tables:
+        # A table that layers read too is stored once, the way round that they take.
+        _lower_embedding(weight, user, transposed=True in weight.made and False not in weight.made)
     network.graph.erase_node(fake)
 
 
@@ -136,34 +173,29 @@ def insert_call(network: Network, before: fx.Node, target: object, args: tuple[o
     return made
 
 
-def _lower_embedding(network: Network, user: fx.Node, name: str, q: Tensor, scale: Tensor, axis: object) -> None:
-    rows = scale.detach().reshape(-1, 1) if axis == 0 else scale.detach().reshape(1, 1).expand(q.shape[0], 1).contiguous()
-    table = add_constant(network, f"{name}_codes", q, user)
-    scales = add_constant(network, f"{name}_scale", rows, user)
-    user.replace_all_uses_with(insert_call(network, user, ours.quantized_embedding.default, (table, scales, user.args[1])))
-    network.graph.erase_node(user)
+def _lower_embedding(weight: _Weight, user: fx.Node, transposed: bool) -> None:
+    scale = weight.scale().reshape(-1, 1).expand(weight.q.shape[0], 1).contiguous()
+    args = weight.codes(transposed), weight.constant("scale", scale), user.args[1], int(transposed)
+    user.replace_all_uses_with(insert_call(weight.network, user, ours.quantized_embedding.default, args))
+    weight.network.graph.erase_node(user)
 
 
-def _lower_product(network: Network, user: fx.Node, name: str, q: Tensor, scale: Tensor, zero_point: Tensor, ranks: dict[fx.Node, int]) -> None:
+def _lower_product(weight: _Weight, user: fx.Node, ranks: dict[fx.Node, int]) -> None:
     """A layer of N-D input becomes a product with codes [in, out], the way round that integer kernels for it take, and a sum.
 
     One of 2-D input stays as it is: it is exported as Gemm, whose kernel adds an integer bias.
     """
-    at_source, _, at_bias, output_axis = PRODUCTS[user.target]
+    network, (at_source, _, at_bias, output_axis) = weight.network, PRODUCTS[user.target]
     source, bias = user.args[at_source], None if at_bias is None else argument(user, at_bias, "bias")
     dynamic = isinstance(source, fx.Node) and source.target is ours.fake_quantize_dynamic.default
     if user.kwargs.keys() & {"alpha", "beta"} or (not dynamic and (user.target is not aten.linear.default or ranks.get(user) == 2)):
         return
-    codes = q if output_axis == 1 else q.t().contiguous()
-    axis = 1 if scale.dim() else None
+    transposed = output_axis == 0
     if dynamic:
-        made = [
-            add_constant(network, f"{name}_codes", codes, user),
-            add_constant(network, f"{name}_scale", scale.detach().expand(codes.shape[1]).contiguous(), user),
-        ]
-        product = insert_call(network, user, ours.dynamic_linear.default, (source.args[0], *made))
+        scales = weight.constant("scale", weight.scale().expand(weight.q.shape[output_axis]).contiguous())
+        product = insert_call(network, user, ours.dynamic_linear.default, (source.args[0], weight.codes(transposed), scales))
     else:
-        product = insert_call(network, user, aten.matmul.default, (source, dequantized(network, name, codes, scale, zero_point, axis, user)))
+        product = insert_call(network, user, aten.matmul.default, (source, weight.values(transposed, user)))
     if bias is not None:
         product = insert_call(network, user, aten.add.Tensor, (product, bias))
     user.replace_all_uses_with(product)

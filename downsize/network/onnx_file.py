@@ -45,8 +45,12 @@ def _dequantize(q, scale, zero_point, axis=None):
     return op.DequantizeLinear(q, scale, zero_point) if axis is None else op.DequantizeLinear(q, scale, zero_point, axis=axis)
 
 
-def _quantized_embedding(q, scale, index):
-    return op.Mul(op.Cast(op.Gather(q, index), to=1), op.Gather(scale, index))
+def _quantized_embedding(q, scale, index, axis):
+    rows = op.Gather(q, index, axis=axis)
+    if axis == 1:
+        rank = len(index.shape)
+        rows = op.Transpose(rows, perm=[*range(1, rank + 1), 0])
+    return op.Mul(op.Cast(rows, to=1), op.Gather(scale, index))
 
 
 def _dynamic_linear(x, q, scale):
