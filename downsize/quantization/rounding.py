@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
+from ..network.columns import groups_of, input_rows, weight_matrix
 from ..network.network import Network
 from ..network.rewrite import argument, aten, constant, set_constant
 from ..network.statistics import walk
@@ -22,8 +22,6 @@ from .insertion import FAKE, grid_of
 GRAM_ELEMENTS = 2**24
 # Wider layers are rounded to nearest: solving takes the cube of this in time and the square in memory, and wants as many samples.
 LARGEST_COLUMNS = 1536
-# A convolution's input is taken from a window of this many output positions a side, which wanders over the image.
-WINDOW = 24
 
 
 def round_weights(reference: Network, quantized: Network, data: Sequence[list[Tensor]]) -> None:
@@ -52,7 +50,7 @@ def _can_round(network: Network, node: fx.Node, twin: fx.Node | None) -> bool:
 def _shape(network: Network, node: fx.Node) -> tuple[int, int, int]:
     """Groups, rows a group and columns of a layer's weight as a matrix."""
     weight = constant(network, node.args[1])
-    groups = 1 if node.target is aten.linear.default else int(argument(node, 6, "groups", 1))
+    groups = groups_of(node)
     return groups, weight.shape[0] // groups, weight[0].numel()
 
 
@@ -90,37 +88,9 @@ def _grams(network: Network, nodes: list[fx.Node], data: Sequence[list[Tensor]])
     return grams
 
 
-def input_rows(node: fx.Node, args: tuple[Any, ...], groups: int, visit: int) -> Tensor:
-    """What a layer's weight matrix is multiplied with: [groups, columns, positions]. Large images give one window, another at each visit."""
-    x, weight = args[0], args[1]
-    if node.target is aten.linear.default:
-        return x.reshape(1, -1, x.shape[-1]).mT
-    stride, padding, dilation = (
-        _pair(argument(node, i, name, default)) for i, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
-    )
-    if x.dim() == 3:  # a 1-D convolution is a 2-D one of height 1
-        x, weight = x[:, :, None], weight[:, :, None]
-        stride, padding, dilation = (1, stride[0]), (0, padding[0]), (1, dilation[0])
-    x = functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    kernel = weight.shape[2:]
-    for d in (0, 1):
-        span = dilation[d] * (kernel[d] - 1) + 1
-        outputs = (x.shape[2 + d] - span) // stride[d] + 1
-        if outputs > WINDOW:
-            first = (visit * 7919) % (outputs - WINDOW + 1) * stride[d]
-            x = x.narrow(2 + d, first, (WINDOW - 1) * stride[d] + span)
-    columns = functional.unfold(x, kernel, dilation=dilation, stride=stride)
-    return columns.reshape(columns.shape[0], groups, -1, columns.shape[2]).permute(1, 2, 0, 3).flatten(2)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
-
-
 def _round(network: Network, layer: fx.Node, gram: Tensor) -> None:
     fake = layer.args[1]
     weight, scale = constant(network, fake.args[0]).detach(), constant(network, fake.args[1])
-    groups, rows, columns = gram.shape[0], weight.shape[0] // gram.shape[0], gram.shape[1]
-    rounded = gptq(weight.reshape(groups, rows, columns), gram, scale.reshape(groups, rows), grid_of(fake))
+    matrix = weight_matrix(weight, gram.shape[0])
+    rounded = gptq(matrix, gram, scale.reshape(matrix.shape[:2]), grid_of(fake))
     set_constant(network, fake.args[0], rounded.reshape(weight.shape))
