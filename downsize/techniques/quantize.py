@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any, Literal
 
-import torch
 from torch import fx
 
 from ..errors import TaskError
+from ..network.judge import Judge
 from ..network.network import Network
 from ..network.rewrite import aten, drop_identities, fold_batch_norm, fold_padding
-from ..network.statistics import Pieces, distributions, walk
+from ..network.statistics import Pieces, distributions
 from ..numerics.grids import SYMMETRIC_INT8, UINT8
 from ..quantization.correction import correct_biases
 from ..quantization.equalization import equalize
@@ -71,7 +71,7 @@ class Quantize:
         if self.activations != "static":
             return self._weights_only(plain)
         pieces = self._split(plain, task)
-        judge = Judge(plain, pieces[1])
+        judge = Judge(plain, pieces[1], settle)
         plain = self._balanced(plain, pieces, judge)
         made = self._static(plain, pieces, judge)
         made.origin["quantized"] = "int8 static"
@@ -145,26 +145,6 @@ class Quantize:
         plain.recompile()
         plain.origin["quantized"] = f"int8 {self.activations}"
         return plain
-
-
-class Judge:
-    """How far a network's outputs are from the reference's on held-back data: sum |other - reference|^2 / sum |reference|^2."""
-
-    def __init__(self, reference: Network, data: Pieces) -> None:
-        self.data = data
-        self.expected = [walk(reference, leaves, {}) for leaves in data]
-
-    def __call__(self, other: Network) -> float:
-        """The squared relative error, a fraction."""
-        settled = settle(other)
-        error = norm = 0.0
-        for leaves, outputs in zip(self.data, self.expected, strict=True):
-            for one, two in zip(outputs, walk(settled, leaves, {}), strict=True):
-                if one.is_floating_point():
-                    finite = torch.isfinite(one)
-                    error += float((two - one)[finite].double().square().sum())
-                    norm += float(one[finite].double().square().sum())
-        return error / max(norm, 1e-30)
 
 
 def _equalized(network: Network, pieces: tuple[Pieces, Pieces]) -> int:
