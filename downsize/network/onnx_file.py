@@ -67,12 +67,36 @@ def _global_average(x, output_size):
     return op.GlobalAveragePool(x)
 
 
+def _adaptive_average(x, output_size):
+    """The mean over [floor(i n / m), ceil((i + 1) n / m)) along each of the last dimensions: one product with a constant matrix for each."""
+    if all(size == 1 for size in output_size):
+        return op.ReduceMean(x, op.Constant(value_ints=list(range(-len(output_size), 0))))
+    rank = len(x.shape)
+    first = rank - len(output_size)
+    shape, last_first = list(x.shape), [*range(first), rank - 1, *range(first, rank - 1)]
+    for before, after in zip(reversed(shape[first:]), reversed(output_size), strict=True):
+        if not isinstance(before, int) or not isinstance(after, int):
+            raise ExportError("adaptive average pooling to more than one position needs fixed sizes; here they are open")
+        x = op.Transpose(op.MatMul(x, op.Constant(value=ir.tensor(_means(before, after)))), perm=last_first)
+    return x
+
+
+def _means(before: int, after: int) -> torch.Tensor:
+    """Matrix [before, after] whose columns take the means of adaptive pooling."""
+    index = torch.arange(before)[:, None]
+    start, end = torch.arange(after) * before // after, -(-(torch.arange(after) + 1) * before // after)
+    inside = ((index >= start) & (index < end)).float()
+    return inside / inside.sum(0)
+
+
 TRANSLATIONS = {
     ours.quantize.default: _quantize,
     ours.dequantize.default: _dequantize,
     ours.quantized_embedding.default: _quantized_embedding,
     ours.dynamic_linear.default: _dynamic_linear,
     ours.fake_quantize_dynamic.default: _fake_quantize_dynamic,
+    # The exporter cannot say it.
+    aten.adaptive_avg_pool3d.default: _adaptive_average,
 }
 
 

@@ -1,0 +1,107 @@
+"""Every architecture of tests/architectures.py: captured, saved, loaded, and run as an ONNX file at another batch size."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES, HAND_WRITTEN, with_attention
+from small_nets import Net
+from torch import nn
+from transformers_architectures import TRANSFORMERS
+from zoo import Specimen, assert_close, run
+
+from downsize.errors import ExportError
+from downsize.network.capture import capture
+from downsize.network.network import Network
+from downsize.network.onnx_file import write
+from downsize.runtimes import open_artifact
+from downsize.structure import flatten
+from downsize.testing import loaded_equals_live
+
+WITH_ATTENTION = ["bert", "detr", "distilbert", "gpt2", "llama", "qwen3", "segformer", "swin", "t5", "vit", "wav2vec2", "whisper_encoder", "yolos"]
+EVERY = [*(one.name for one in HAND_WRITTEN), *(pytest.param(name, marks=pytest.mark.slow) for name in TRANSFORMERS)]
+
+
+@functools.cache
+def captured(name: str) -> tuple[nn.Module, Network]:
+    return made(ARCHITECTURES[name])
+
+
+def made(specimen: Specimen) -> tuple[nn.Module, Network]:
+    torch.set_num_threads(1)
+    model = specimen.make()
+    return model, capture(model, specimen.inputs(2))
+
+
+def assert_file_runs(network: Network, specimen: Specimen, path) -> None:
+    write(network, path)
+    session = open_artifact(path, "onnxruntime")
+    for batch in (1, 3):
+        expected, got = network.predict(specimen.inputs(batch)), session(specimen.inputs(batch))
+        assert flatten(expected)[1] == flatten(got)[1]
+        assert_close(flatten(got)[0], flatten(expected)[0])
+
+
+def test_names_are_those_of_the_specimens():
+    assert len(ARCHITECTURES) == len(HAND_WRITTEN) + len(TRANSFORMERS)
+    assert all(name == specimen.name for name, specimen in ARCHITECTURES.items())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_captured_equals_original(name):
+    model, network = captured(name)
+    for batch in (1, 3, 4):
+        inputs = ARCHITECTURES[name].inputs(batch)
+        assert_close(network.predict(inputs), run(model, inputs))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_loaded_equals_live(name):
+    loaded_equals_live(captured(name)[1], ARCHITECTURES[name].inputs(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_runs_in_onnxruntime(name, tmp_path):
+    assert_file_runs(captured(name)[1], ARCHITECTURES[name], tmp_path / "model.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_ATTENTION)
+def test_attention_in_plain_operators_computes_the_same(name, tmp_path):
+    specimen = with_attention(ARCHITECTURES[name], "eager")
+    model, network = made(specimen)
+    assert not [node for node in network.graph.nodes if "scaled_dot_product" in str(node.target)]
+    assert [node for node in captured(name)[1].graph.nodes if "scaled_dot_product" in str(node.target)]
+    inputs = specimen.inputs(3)
+    assert_close(network.predict(inputs), run(model, inputs))
+    assert_close(network.predict(inputs), captured(name)[1].predict(inputs), 1e-4)
+    assert_file_runs(network, specimen, tmp_path / "model.onnx")
+
+
+POOLED = {"even": (2, 4, 2), "uneven": (3, 2, 4), "more than there are": (9, 1, 5), "one": (1, 1, 1)}
+
+
+@pytest.mark.parametrize("rank", [4, 5])
+@pytest.mark.parametrize("sizes", POOLED.values(), ids=POOLED)
+def test_adaptive_average_in_three_dimensions(sizes, rank, tmp_path):
+    """Against the definition: the mean from floor(i n / m) to ceil((i + 1) n / m), here in numpy."""
+    x = torch.randn(2, 3, 8, 4, 6)[(0,) * (5 - rank)]
+    model = Net(lambda net, x: net.pool(x * 1.0), pool=nn.AdaptiveAvgPool3d(sizes)).eval()
+    write(capture(model, x), tmp_path / "m.onnx")
+    expected = x.double().numpy()
+    for axis, size in zip((-3, -2, -1), sizes, strict=True):
+        n = expected.shape[axis]
+        bins = [np.arange(i * n // size, -(-(i + 1) * n // size)) for i in range(size)]
+        expected = np.stack([expected.take(chosen, axis).mean(axis) for chosen in bins], axis)
+    np.testing.assert_allclose(open_artifact(tmp_path / "m.onnx", "onnxruntime")(x).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adaptive_average_of_an_open_size_is_refused_by_name(tmp_path):
+    model = Net(lambda net, x: net.pool(x * 1.0), pool=nn.AdaptiveAvgPool3d(2)).eval()
+    network = capture(model, torch.randn(2, 3, 8, 8, 8), more=[torch.randn(2, 3, 6, 6, 6)])
+    with pytest.raises(ExportError, match="adaptive_avg_pool3d"):
+        write(network, tmp_path / "m.onnx")
