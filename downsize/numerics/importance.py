@@ -40,14 +40,15 @@ def geometric_median(parts: Sequence[Part], units: int) -> Tensor:
 
     A unit's vector is all that belongs to it, part after part, in the order of the indices; a shorter one is filled with zeros.
     """
-    vectors = []
+    vectors = torch.zeros(units, 0, dtype=torch.float64)
     for tensor, dim, unit in parts:
-        rows, table = _rows(tensor, dim), members(_fitting(unit, rows), units)
-        vectors.append(torch.where(table[:, :, None] >= 0, rows[table.clamp(min=0)], 0.0).flatten(1) if table.numel() else rows.new_zeros(units, 0))
-    if not vectors:
-        return torch.zeros(units, dtype=torch.float64)
+        rows = _rows(tensor, dim)
+        table = members(_fitting(unit, rows), units)
+        # The row behind the last is what fills a shorter vector.
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        vectors = torch.cat([vectors, rows[table].flatten(1)], 1)
     # By differences, not by products: else twins come out some 1e-8 of their length apart.
-    return torch.cdist(*[torch.cat(vectors, 1)] * 2, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+    return torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
 
 
 def taylor(parts: Sequence[Part], gradients: Sequence[Tensor], units: int) -> Tensor:
