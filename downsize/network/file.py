@@ -58,7 +58,8 @@ class NetworkRecord(_Strict):
     """The whole header.
 
     ``aliases`` maps a further name of a tensor to its first; ``parameters`` says of each parameter whether it trains; ``layouts`` has, for
-    tensors that are not stored row by row (channels last), their dimensions from the outermost in memory: kernels round by it.
+    tensors that are not stored row by row (channels last), their dimensions from the outermost in memory: kernels round by it. ``sparse``
+    has, for tensors whose zeros must stay, how many of their values are not zero.
     """
 
     version: int
@@ -70,6 +71,7 @@ class NetworkRecord(_Strict):
     parameters: dict[str, bool]
     layouts: dict[str, list[int]]
     origin: dict[str, Any]
+    sparse: dict[str, int] = {}
 
 
 class Description(NamedTuple):
@@ -80,6 +82,7 @@ class Description(NamedTuple):
     outputs: dict[str, Any]
     ports: tuple[Port, ...]
     origin: dict[str, Any]
+    sparse: dict[str, int]
 
 
 class Loaded(NamedTuple):
@@ -90,10 +93,14 @@ class Loaded(NamedTuple):
     outputs: dict[str, Any]
     ports: tuple[Port, ...]
     origin: dict[str, Any]
+    sparse: dict[str, int]
 
 
 def describe(network: Description, named: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """The graph as JSON text, and the tensors by name, each once: a tensor with two names is an alias in the text."""
+    """The graph as JSON text, and the tensors by name, each once: a tensor with two names is an alias in the text.
+
+    Raises NetworkFileError when a tensor whose zeros must stay has fewer of them than it had.
+    """
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -113,8 +120,20 @@ def describe(network: Description, named: dict[str, Tensor]) -> tuple[str, dict[
         parameters={name: tensor.requires_grad for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)},
         layouts={name: order for name, tensor in tensors.items() if (order := _layout(tensor)) != sorted(order)},
         origin=network.origin,
+        sparse={name: _nonzeros(name, named[name], most) for name, most in sorted(network.sparse.items()) if name in named},
     )
     return record.model_dump_json(), tensors
+
+
+def _nonzeros(name: str, tensor: Tensor, most: int) -> int:
+    """How many values are not zero; NetworkFileError if they are more than ``most``."""
+    count = int(torch.count_nonzero(tensor))
+    if count > most:
+        raise NetworkFileError(
+            f"the sparse tensor {name!r} has {count} of {tensor.numel()} values that are not zero; at most {most} may be: a step revived "
+            "zeros, so multiply by network.masks() after each change of the weights."
+        )
+    return count
 
 
 def _layout(tensor: Tensor) -> list[int]:
@@ -260,7 +279,7 @@ def _build(record: NetworkRecord, tensors: dict[str, Tensor]) -> Loaded:
     except Exception as error:  # torch.fx raises every kind
         raise NetworkFileError(f"the graph is not whole ({error}): the file is damaged.") from None
     dry_run(module, ports)
-    return Loaded(module, record.inputs, record.outputs, ports, record.origin)
+    return Loaded(module, record.inputs, record.outputs, ports, record.origin, dict(record.sparse))
 
 
 def _named_tensors(record: NetworkRecord, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -279,8 +298,10 @@ def _named_tensors(record: NetworkRecord, tensors: dict[str, Tensor]) -> dict[st
     for name in named:
         if not is_name(name) or name in folders:
             raise NetworkFileError(f"tensor name {name!r} is not a name: the file is damaged.")
-    if unknown := (set(record.parameters) | set(record.layouts)) - set(tensors):
+    if unknown := ((set(record.parameters) | set(record.layouts)) - set(tensors)) | (set(record.sparse) - set(named)):
         raise NetworkFileError(f"tensor {sorted(unknown)[0]!r} is not in the file: it is damaged.")
+    for name, most in record.sparse.items():
+        _nonzeros(name, named[name], most)
     return named
 
 

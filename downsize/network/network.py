@@ -31,7 +31,8 @@ class Network:
 
     ``graph_module`` takes the input tensors flat and returns the output tensors flat; ``inputs`` and ``outputs`` are the structures
     (see ``structure.py``) that the original model takes and gives. Every node carries ``meta["module"]`` (the user's module path) and
-    ``meta["source"]`` (the user's source line). Edits replace tensors and never write into them, so a fork may share them.
+    ``meta["source"]`` (the user's source line). Edits replace tensors and never write into them, so a fork may share them. ``sparse`` names
+    the tensors whose zeros must stay (see :meth:`keep_zeros`), with the most other values that each may have.
 
     Example: with ``network = capture(model, (x,))`` and ``x`` of [2, 3, 32, 32], ``network(x)`` gives what ``model(x)`` gives, [2, 10].
     """
@@ -41,6 +42,7 @@ class Network:
     outputs: Structure
     ports: tuple[Port, ...]
     origin: dict[str, Any] = field(default_factory=dict)
+    sparse: dict[str, int] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -99,6 +101,20 @@ class Network:
         path, _, leaf = name.rpartition(".")
         return getattr(self.graph_module.get_submodule(path), leaf)
 
+    def keep_zeros(self, *names: str) -> None:
+        """From now on the zeros of these tensors are a mask that every later step keeps; there is no second copy of it.
+
+        A network with more values that are not zero than now in one of them is refused by :meth:`save`, :meth:`check` and
+        :meth:`fingerprint`. Forks, copies and files remember it.
+        """
+        for name in names:
+            self.sparse[name] = int(torch.count_nonzero(self.tensor(name)))
+
+    def masks(self) -> dict[str, Tensor]:
+        """For each tensor whose zeros must stay, where it may be other than zero, as bool: what a training loop multiplies gradients and
+        weights by. Take them before training: they are read off the tensors."""
+        return {name: tensor.detach() != 0 for name, tensor in self.named_tensors() if name in self.sparse}
+
     def train(self) -> Network:
         """Switch batch norm and dropout to training, in place; running statistics then move. Returns itself."""
         return self._flip(training=True)
@@ -128,7 +144,7 @@ class Network:
         graph.output(output)
         for old, new in mapping.items():
             new.meta = dict(old.meta)
-        return replace(self, graph_module=fx.GraphModule(root, graph), origin=dict(self.origin))
+        return replace(self, graph_module=fx.GraphModule(root, graph), origin=dict(self.origin), sparse=dict(self.sparse))
 
     def copy(self) -> Network:
         """A network that shares nothing with this one; a tensor with two names keeps both."""
@@ -150,7 +166,7 @@ class Network:
     def save(self, path: str | Path) -> None:
         """Write it, in evaluation mode, as one safetensors file (JSON graph in its header; no pickle), whole or not at all.
 
-        Raises NetworkFileError when the file cannot be written. See ``network/file.py``.
+        Raises NetworkFileError when the file cannot be written, or a zero that must stay is one no more. See ``network/file.py``.
         """
         file.save(self._description(), dict(self.named_tensors()), Path(path))
 
@@ -160,14 +176,18 @@ class Network:
         return Network(*file.load(Path(path)))
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over the graph in evaluation mode and every tensor: equal for a network and its saved and loaded copy."""
+        """sha256 (hex) over the graph in evaluation mode and every tensor: equal for a network and its saved and loaded copy.
+
+        Raises NetworkFileError when a zero that must stay is one no more.
+        """
         return file.checksum(*file.describe(self._description(), dict(self.named_tensors())))
 
     def _description(self) -> file.Description:
-        return file.Description(self.fork().eval().graph, self.inputs, self.outputs, self.ports, self.origin)
+        return file.Description(self.fork().eval().graph, self.inputs, self.outputs, self.ports, self.origin, self.sparse)
 
     def check(self) -> None:
-        """Raise NetworkFileError when it could not be saved and loaded again: an operator, argument or name has no place in a file."""
+        """Raise NetworkFileError when it could not be saved and loaded again: an operator, argument or name has no place in a file, or a zero
+        that must stay is one no more."""
         graph, tensors = file.describe(self._description(), dict(self.named_tensors()))
         file.rebuild(graph, tensors)
 
