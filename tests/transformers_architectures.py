@@ -30,9 +30,12 @@ def detr() -> nn.Module:
     """The detector with a ResNet of two stages in front instead of a downloaded one."""
     import transformers as hf
 
-    backbone = hf.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", out_features=["stage2"])
-    layers = {f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))}
-    config = hf.DetrConfig(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=32, **layers)
+    stages: dict[str, Any] = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic", "out_features": ["stage2"]}
+    layers: dict[str, Any] = {
+        f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))
+    }
+    layers |= {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "d_model": 32}
+    config = hf.DetrConfig(backbone_config=hf.ResNetConfig(**stages), **layers)
     config.num_queries, config.num_labels = 6, CLASSES
     return hf.DetrForObjectDetection(config)
 
