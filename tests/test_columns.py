@@ -29,7 +29,7 @@ def unfolded(layer: nn.Module, x: Tensor, visit: int = 0) -> tuple[Tensor, Tenso
 
     def take(args: tuple[Any, ...], value: Tensor) -> None:
         groups = groups_of(node)
-        bias = args[2].reshape(groups, -1, 1) if len(args) > 2 and args[2] is not None else 0.0
+        bias = 0.0 if layer.bias is None else layer.bias.detach().reshape(groups, -1, 1)  # type: ignore[operator]
         product = weight_matrix(args[1], groups) @ input_rows(node, args, groups, visit) + bias
         found.append((product, output_rows(node, value, groups, visit), value))
 
@@ -97,4 +97,4 @@ def test_matrices_are_weights_again_and_channels_lie_where_they_are_said_to():
         assert torch.equal(weight_from_matrix(weight_matrix(weight, groups_of(node)), weight.shape), weight)
         with torch.no_grad():
             value = layer(x)
-        assert value.shape[channel_axis(node, value)] == 6
+        assert value.shape[channel_axis(node, value.dim())] == 6

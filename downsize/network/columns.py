@@ -63,19 +63,19 @@ def output_rows(node: fx.Node, value: Tensor, groups: int, visit: int) -> Tensor
     """
     if node.target is aten.linear.default:
         return value.reshape(1, -1, value.shape[-1]).mT
-    axis = channel_axis(node, value)
-    value = value if axis else value[None]
+    value = value if channel_axis(node, value.dim()) else value[None]
     for d in range(2, value.dim()):
         if value.shape[d] > WINDOW:
             value = value.narrow(d, _first(value.shape[d], visit), WINDOW)
     return value.flatten(2).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
-def channel_axis(node: fx.Node, value: Tensor) -> int:
-    """The dimension of a layer's output that holds its channels: of a linear layer the last; 0 or 1 of a convolution, without or with a batch."""
+def channel_axis(node: fx.Node, dims: int) -> int:
+    """The dimension that holds the channels of a layer's output of so many dimensions: of a linear layer the last, of a convolution 1, or
+    0 without a batch."""
     if node.target is aten.linear.default:
-        return value.dim() - 1
-    return value.dim() - (2 if node.target is aten.conv1d.default else 3)
+        return dims - 1
+    return dims - (2 if node.target is aten.conv1d.default else 3)
 
 
 def _first(outputs: int, visit: int) -> int:
