@@ -38,6 +38,14 @@ class SpecError(DownsizeError):
     """A recipe, YAML file or option names something that does not exist or has a wrong value."""
 
 
+class AllocationError(DownsizeError):
+    """No choice of widths, ranks, bits or sparsities meets all limits, or the tables that describe them do not fit together."""
+
+
+class CutError(DownsizeError):
+    """These positions of a network's tensors cannot be cut."""
+
+
 class RuntimeMissing(DownsizeError):
     """A runtime is not installed or does not work here; the message has the line that brings it."""
 
