@@ -156,7 +156,7 @@ def _candidates(
             for ridge in ridges:
                 yield refit(fit, weight, bias, ridge, support, own)
         return
-    for own in (False, True):
+    for own in (False, True) if ridges else ():
         yield _finish(fit, old + _spectral(fit, held, old, bias is not None, ridges, own), weight, bias)
 
 
@@ -177,7 +177,8 @@ def _spectral(fit: Moments, held: Moments, old: Tensor, centred: bool, ridges: S
     z = missed @ vectors
     linear = (z * (test_missed @ vectors)).sum(1)
     quadratic = (z.mT @ z) * (vectors.mT @ test @ vectors)
-    factors = [damping(values.clamp(min=0), ridge) for damping in DAMPINGS for ridge in ridges]
+    # A ridge of 0 would divide by what is rounding.
+    factors = [damping(values.clamp(min=0), max(ridge, SMALLEST_PIVOT)) for damping in DAMPINGS for ridge in ridges]
     errors = [float((factor * (quadratic @ factor[:, :, None])[:, :, 0] - 2 * linear * factor).sum()) for factor in factors]
     best = factors[errors.index(min(errors))]
     return (z * best[:, None, :]) @ vectors.mT
