@@ -14,6 +14,7 @@ import json
 import math
 import os
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -49,7 +50,7 @@ def read_idx(file: Path) -> np.ndarray:
         content = gzip.decompress(file.read_bytes())
     except FileNotFoundError:
         raise TaskError(f"{file} is missing; this benchmark needs it: apt-get install dataset-fashion-mnist") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise TaskError(f"{file} cannot be unpacked: {error}") from None
     rank = content[3] if len(content) > 3 else 0
     begin = 4 + 4 * rank
