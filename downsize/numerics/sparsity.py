@@ -199,13 +199,38 @@ def least_squares(weight: Tensor, mask: Tensor, quadratic: Quadratic, ridge: flo
     It minimises, exactly and for each row on its own, sum |y - W x|^2 + ridge * mean(diagonal of the Gram matrix) * |W - weight|^2, the last
     over the mask. Shapes as in :class:`Quadratic`. Returns float64.
     """
+    return _solve(weight, mask, quadratic, ridge, costs=False)[0]
+
+
+def surgeon(weight: Tensor, quadratic: Quadratic, counts: Sequence[int | Pattern], allowed: Tensor, ridge: float) -> Tensor:
+    """Take weights away in rounds; after each the others are solved for anew, and what goes next is what then costs least.
+
+    The cost of a weight is ``w^2 / [H^-1]`` with H the Gram matrix over the weights that its row still has (optimal brain surgeon for rows:
+    Frantar & Alistarh 2022, arXiv 2208.11580, there one weight at a time).
+
+    Args:
+        counts: how many stay after each round, falling (one in each row at least); or patterns.
+        allowed: the mask outside which weights must be zero.
+
+    Returns: the weight, float64 [groups, rows, columns], the solution of :func:`least_squares` on its mask.
+    """
+    mask = allowed
+    for count in counts:
+        _, costs = _solve(weight, mask, quadratic, ridge, costs=True)
+        mask = mask & (keep_pattern(costs, count) if isinstance(count, Pattern) else keep_best(costs, count))
+    return least_squares(weight, mask, quadratic, ridge)
+
+
+def _solve(weight: Tensor, mask: Tensor, quadratic: Quadratic, ridge: float, costs: bool) -> tuple[Tensor, Tensor]:
+    """The least squares solution and, if asked for, what each of its weights costs to take away (-1 outside the mask). Both as ``weight``."""
     gram, wide = quadratic.gram, weight.double()
     pull = (ridge * gram.diagonal(dim1=1, dim2=2).mean(1)).clamp(min=1e-30)
     wanted = quadratic.cross + pull[:, None, None] * wide
     if bool(mask.all()):
-        eye = torch.eye(gram.shape[1], dtype=torch.float64)
-        return torch.cholesky_solve(wanted.mT, torch.linalg.cholesky(gram + pull[:, None, None] * eye)).mT
-    solved = torch.zeros_like(wide).flatten(0, 1)
+        factor = torch.linalg.cholesky(gram + pull[:, None, None] * torch.eye(gram.shape[1], dtype=torch.float64))
+        full = torch.cholesky_solve(wanted.mT, factor).mT
+        return full, full.square() / torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)[:, None] if costs else full
+    solved, cost = torch.zeros_like(wide).flatten(0, 1), torch.full_like(wide, -1.0).flatten(0, 1)
     group = torch.arange(wide.shape[0]).repeat_interleave(wide.shape[1])
     flat, wanted, counts = mask.flatten(0, 1), wanted.flatten(0, 1), mask.sum(2).flatten()
     for rows in _alike(counts):
@@ -214,10 +239,13 @@ def least_squares(weight: Tensor, mask: Tensor, quadratic: Quadratic, ridge: flo
         inside = torch.arange(width) < counts[rows, None]
         part = gram[group[rows, None, None], kept[:, :, None], kept[:, None, :]] * (inside[:, :, None] & inside[:, None, :])
         part.diagonal(dim1=1, dim2=2).add_(torch.where(inside, pull[group[rows], None], 1.0))
-        right = wanted[rows].gather(1, kept) * inside
-        values = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(part))[:, :, 0]
-        solved[rows] = torch.zeros_like(solved[rows]).scatter_(1, kept, values * inside)
-    return solved.reshape(wide.shape)
+        factor = torch.linalg.cholesky(part)
+        values = torch.cholesky_solve((wanted[rows].gather(1, kept) * inside)[:, :, None], factor)[:, :, 0]
+        solved[rows] = solved[rows].scatter(1, kept, values * inside)
+        if costs:
+            each = values.square() / torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
+            cost[rows] = cost[rows].scatter(1, kept, torch.where(inside, each, -1.0))
+    return solved.reshape(wide.shape), cost.reshape(wide.shape)
 
 
 def _alike(counts: Tensor) -> list[Tensor]:
@@ -233,7 +261,12 @@ def _alike(counts: Tensor) -> list[Tensor]:
 
 
 def solving_work(mask: Tensor) -> float:
-    """About how many multiplications :func:`least_squares` takes on that mask."""
-    if bool(mask.all()):
-        return mask.shape[0] * mask.shape[2] ** 3 / 3
+    """About how many multiplications :func:`least_squares` takes on that mask, which is not full."""
     return float((mask.sum(2).double() ** 3).sum()) / 3
+
+
+def surgeon_work(mask: Tensor, counts: Sequence[int | Pattern]) -> float:
+    """About how many multiplications :func:`surgeon` takes from that mask on."""
+    groups, rows, columns = mask.shape
+    shares = [count.keep / count.of if isinstance(count, Pattern) else count / mask.numel() for count in counts]
+    return groups * rows * sum((columns * share) ** 3 for share in shares)

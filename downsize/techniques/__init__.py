@@ -1,5 +1,6 @@
 """Techniques: each a frozen dataclass whose call turns a Network into a Network."""
 
 from .quantize import Quantize
+from .sparsify import Sparsify
 
-TECHNIQUES = {"quantize": Quantize}
+TECHNIQUES = {"quantize": Quantize, "sparsify": Sparsify}
