@@ -136,9 +136,8 @@ class _Pair:
         """The furthest value that the layer can be fitted to, among those that the teacher computes before the node of rank ``limit``."""
         twin, rows = self.twins[layer.name], self.rows.get(layer.name)
         sums = {link.node.name for link in links(twin) if link.others}
-        goal = Goal(
-            layer, twin, (), rows, reason="" if self._fits(layer, twin) else "its outputs are not those of the teacher: say which rows they are"
-        )
+        reason = "" if self._fits(layer, twin) else "its outputs are not the teacher's: say which rows they are"
+        goal = Goal(layer, twin, (), rows, reason=reason)
         if self.teacher_rank[twin] >= limit:
             return Goal(layer, twin, reason="the teacher computes its layers in another order")
         for node, others in links(layer):
