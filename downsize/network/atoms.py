@@ -37,9 +37,9 @@ class Atoms:
         self.births.append(birth)
         return self._new(count)
 
-    def block(self, atom: int) -> int:
-        """Which of :attr:`births` an atom comes from."""
-        return int(np.searchsorted(self._starts, atom, side="right")) - 1
+    def block(self, atoms: Ids) -> Ids:
+        """Which of :attr:`births` each atom comes from."""
+        return np.searchsorted(self._starts, atoms, side="right") - 1
 
     def find(self, ids: Ids) -> Ids:
         """The ids that stand for these now."""
@@ -58,6 +58,15 @@ class Atoms:
         if parts is not None:
             return frozenset().union(*map(self.leaves, parts))
         return frozenset((one,)) if one != NEVER else frozenset()
+
+    def members(self) -> np.ndarray:
+        """The free atoms of every id, [ids, most atoms of one id], filled up with 0."""
+        found = {one: sorted(self.leaves(one)) for one in self._parts}
+        table = np.zeros((self._count, max([1, *map(len, found.values())])), np.int64)
+        table[:, 0] = self.find(np.arange(self._count))
+        for one, leaves in found.items():
+            table[one] = leaves + [NEVER] * (table.shape[1] - len(leaves))
+        return table[self.find(np.arange(self._count))]
 
     def conjunction(self, atoms: Iterable[int]) -> int:
         """The id that lives if all of these free atoms do."""
@@ -103,7 +112,7 @@ class Atoms:
 
     def _substitute(self, table: np.ndarray) -> tuple[Ids, Ids]:
         """Free atoms become conjunctions of a new atom of their row and a new one of their column."""
-        birth = self.births[self.block(int(table[0, 0]))]
+        birth = self.births[int(self.block(table[0, 0]))]
         rows, columns = self.fresh(table.shape[0], birth), self.fresh(table.shape[1], birth)
         for x, row in enumerate(rows):
             for y, column in enumerate(columns):

@@ -6,6 +6,7 @@ An operator without a rule freezes what it touches: it costs coverage, never cor
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -135,29 +136,19 @@ class Lineage:
     def coverage(self) -> float:
         """The share of parameter elements that a cut could remove: at least one of their positions can go."""
         total = free = 0
-        for key, (name, dims) in self.constants.items():
+        for name, dims in self.constants.values():
             tensor = self.network.tensor(name)
-            if isinstance(tensor, torch.nn.Parameter) and key == id(tensor):
+            if isinstance(tensor, torch.nn.Parameter):
                 total += tensor.numel()
-                frozen = 1
-                for vector in dims:
-                    frozen *= int((self.living_without_all()[vector]).sum())
-                free += tensor.numel() - frozen
+                free += tensor.numel() - math.prod(int((self.atoms.find(vector) == NEVER).sum()) for vector in dims)
         return free / max(total, 1)
-
-    def living_without_all(self) -> np.ndarray:
-        """Which ids live even when everything dies that can."""
-        every = {leaf for _, dims in self.constants.values() for vector in dims for leaf in np.unique(self.atoms.find(vector)).tolist()}
-        return self.atoms.living({leaf for one in every for leaf in self.atoms.leaves(one)})
 
     def inexact(self) -> frozenset[int]:
         """The atoms whose cut crosses a statistic over them."""
-        found: set[int] = set()
-        for read in self.reads:
-            if read.statistic:
-                for one in np.unique(self.atoms.find(self._counted(read))).tolist():
-                    found |= self.atoms.leaves(one)
-        return frozenset(found)
+        return frozenset().union(*(self._leaves(self._counted(read)) for read in self.reads if read.statistic))
+
+    def _leaves(self, vector: Ids) -> frozenset[int]:
+        return frozenset().union(*map(self.atoms.leaves, np.unique(self.atoms.find(vector)).tolist()))
 
     def _counted(self, read: Read) -> Ids:
         vector = self.dims[read.source][read.dim]
@@ -168,9 +159,8 @@ class Lineage:
         """What rules called the atoms."""
         found: dict[int, set[str]] = {}
         for vector, kind in self._kinds:
-            for one in np.unique(self.atoms.find(vector)).tolist():
-                for leaf in self.atoms.leaves(one):
-                    found.setdefault(leaf, set()).add(kind)
+            for leaf in self._leaves(vector):
+                found.setdefault(leaf, set()).add(kind)
         return found
 
 
@@ -216,50 +206,47 @@ Key = tuple[str, int]  # a constant tensor and one of its dimensions
 
 
 def _axes(lineage: Lineage) -> Iterator[Axis]:
-    tables = _leaf_tables(lineage)
-    blocks: dict[int, dict[int, int]] = {}
-    for leaf in sorted({leaf for sets in tables.values() for leaves in sets for leaf in leaves}):
-        units = blocks.setdefault(lineage.atoms.block(leaf), {})
-        units[leaf] = len(units)
+    atoms, members = lineage.atoms, _members(lineage)
+    tables = {(name, dim): members[vector] for name, dims in lineage.constants.values() for dim, vector in enumerate(dims)}
+    leaves = np.unique(np.concatenate([np.zeros(1, np.int64), *(table.ravel() for table in tables.values())]))[1:]
+    block, unit = np.full(len(members), -1), np.full(len(members), -1)
+    block[leaves] = atoms.block(leaves)
+    units = {int(one): leaves[block[leaves] == one] for one in np.unique(block[leaves])}
+    for own in units.values():
+        unit[own] = np.arange(len(own))
+    carried = _carriers(tables, block, unit)
     inexact, kinds = lineage.inexact(), lineage.kinds()
-    carried = _carriers(lineage, tables, blocks)
     names: dict[str, int] = {}
-    for block, units in blocks.items():
-        exact = inexact.isdisjoint(units)
-        kind = _kind(set[str]().union(*(kinds.get(leaf, set()) for leaf in units)), exact)
-        name = _name(lineage.atoms.births[block], kind)
+    for one, own in units.items():
+        exact = inexact.isdisjoint(own.tolist())
+        kind = _kind(set[str]().union(*(kinds.get(leaf, set()) for leaf in own.tolist())), exact)
+        name = _name(atoms.births[one], kind)
         names[name] = names.get(name, 0) + 1
         name = name if names[name] == 1 else f"{name}#{names[name]}"
-        yield Axis(name, kind, np.array(list(units), np.int64), exact, carried[block])
+        yield Axis(name, kind, own, exact, carried[one])
 
 
-def _leaf_tables(lineage: Lineage) -> dict[Key, list[frozenset[int]]]:
-    """For each dimension of each constant the atoms that each position needs; two units of one axis in one position are tied."""
-    atoms, tables, known = lineage.atoms, {}, {}
-    for name, dims in lineage.constants.values():
-        for dim, vector in enumerate(dims):
-            found = atoms.find(vector).tolist()
-            known.update({one: atoms.leaves(one) for one in set(found) - set(known)})
-            if any(known[one] for one in found):
-                tables[name, dim] = [known[one] for one in found]
-    for leaves in {leaves for sets in tables.values() for leaves in sets}:
-        if len({atoms.block(leaf) for leaf in leaves}) < len(leaves):
-            tied = np.array(sorted(leaves), np.int64)
-            atoms.unify(tied, np.full_like(tied, tied[0]))
-            return _leaf_tables(lineage)
-    return tables
+def _members(lineage: Lineage) -> np.ndarray:
+    """The free atoms of every id; where a position of a constant needs two units of one axis, these are tied."""
+    atoms = lineage.atoms
+    members = atoms.members()
+    used = np.unique(np.concatenate([np.zeros(1, np.int64), *(vector for _, dims in lineage.constants.values() for vector in dims)]))
+    blocks = np.sort(np.where(members[used] == NEVER, -1 - np.arange(members.shape[1]), atoms.block(members[used])), axis=1)
+    twice = used[(blocks[:, 1:] == blocks[:, :-1]).any(1)]
+    for row in members[twice]:
+        tied = row[row != NEVER]
+        atoms.unify(tied, np.full_like(tied, tied[0]))
+    return _members(lineage) if len(twice) else members
 
 
-def _carriers(lineage: Lineage, tables: dict[Key, list[frozenset[int]]], blocks: dict[int, dict[int, int]]) -> dict[int, dict[Key, np.ndarray]]:
-    carried: dict[int, dict[Key, np.ndarray]] = {block: {} for block in blocks}
-    for key, sets in tables.items():
-        owners = {block: np.full(len(sets), -1) for block in {lineage.atoms.block(leaf) for leaves in sets for leaf in leaves}}
-        for position, leaves in enumerate(sets):
-            for leaf in leaves:
-                block = lineage.atoms.block(leaf)
-                owners[block][position] = blocks[block][leaf]
-        for block, units in owners.items():
-            carried[block][key] = units
+def _carriers(tables: dict[Key, np.ndarray], block: np.ndarray, unit: np.ndarray) -> dict[int, dict[Key, np.ndarray]]:
+    carried: dict[int, dict[Key, np.ndarray]] = {}
+    for key, table in tables.items():
+        for column in table.T:
+            owners = block[column]
+            for one in np.unique(owners[owners >= 0]).tolist():
+                own = carried.setdefault(one, {}).setdefault(key, np.full(len(column), -1))
+                own[owners == one] = unit[column[owners == one]]
     return carried
 
 
