@@ -18,12 +18,12 @@ from transformers_architectures import TRANSFORMERS
 from zoo import Recurrent, Specimen, Tied, block, floats, head, images, tokens
 
 
-def vivid(model: nn.Module) -> nn.Module:
+def vivid(model: nn.Module, seed: int = 1) -> nn.Module:
     """Weights of the size 1 / sqrt(inputs), gains of 0.5 to 1.5, shifts of up to 0.3: what libraries start with hides most mistakes.
 
     (Layer scales of 1e-6, attention that is flat, biases of zero, gains of one.)
     """
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if parameter.dim() > 1:

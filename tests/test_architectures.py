@@ -1,4 +1,4 @@
-"""Every architecture of tests/architectures.py: captured, saved, loaded, and run as an ONNX file at another batch size."""
+"""Every architecture of tests/architectures.py: captured, saved, loaded, and run as an ONNX file at another batch size; random ones captured."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, HAND_WRITTEN, with_attention
+from hypothesis import given, settings
+from random_nets import FEATURE_MAPS, SEQUENCES, Plan, Shape, Step, networks
 from small_nets import Net
 from torch import nn
 from transformers_architectures import TRANSFORMERS
@@ -105,3 +107,33 @@ def test_adaptive_average_of_an_open_size_is_refused_by_name(tmp_path):
     network = capture(model, torch.randn(2, 3, 8, 8, 8), more=[torch.randn(2, 3, 6, 6, 6)])
     with pytest.raises(ExportError, match="adaptive_avg_pool3d"):
         write(network, tmp_path / "m.onnx")
+
+
+# Random architectures --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@settings(max_examples=30)
+@given(networks())
+def test_random_networks_are_captured(specimen):
+    model, network = made(specimen)
+    for batch in (1, 3):
+        assert_close(network.predict(specimen.inputs(batch)), run(model, specimen.inputs(batch)))
+
+
+@pytest.mark.parametrize("step", [Step(make, 16, variant) for make in (*FEATURE_MAPS, *SEQUENCES) for variant in range(4)], ids=str)
+def test_blocks_have_the_shape_they_say(step):
+    at = Shape(16, 6)
+    block, then = step.make(at, step.width, step.variant)
+    shape, expected = (
+        ((2, 16, 6, 6), (2, then.channels, then.size, then.size)) if step.make in FEATURE_MAPS else ((2, 6, 16), (2, then.size, then.channels))
+    )
+    assert block.eval()(torch.randn(shape)).shape == expected
+
+
+def test_a_drawn_network_is_the_same_whenever_it_is_made():
+    plan = Plan("picture", (Step(FEATURE_MAPS[1], 16, 2),), True, (Step(SEQUENCES[3], 8, 1),), 2, 5)
+    specimen = Specimen(str(plan), plan.build, plan.inputs)
+    one, two = (specimen.make().state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["0.0.1.running_var"], torch.ones(8))
