@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pruning_goals import goals
 from pruning_methods import BASELINE, METHODS
 from pruning_models import SUBJECTS, Amount
 from tables import Cells, speed
@@ -20,7 +21,7 @@ def tables(results: Row) -> list[Cells]:
             found.append(files(rows, subject.name))
             if any("latency" in row for row in rows):
                 found.append(speeds(rows, f"{subject.name}: speed, as a multiple of the dense file's"))
-    return [*found, makings(results["rows"])]
+    return [table for table in (*found, goals(results["rows"]), makings(results["rows"])) if table.rows]
 
 
 def amount(row: Row) -> str:
