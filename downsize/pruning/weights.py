@@ -137,10 +137,10 @@ def ends(network: Network, weights: Sequence[Weight]) -> set[str]:
 
 
 def replace_weight(network: Network, weight: Weight, matrix: Tensor) -> None:
-    """Give the network the weight of that matrix, under all its names, in its own type."""
-    old = network.tensor(weight.name)
+    """Give the network the weight of that matrix, under all its names, in the old one's type and layout in memory."""
+    new = torch.empty_like(network.tensor(weight.name).detach()).copy_(weight.tensor(matrix))
     node = next(node for node in network.graph.nodes if node.op == "get_attr" and node.target == weight.name)
-    set_constant(network, node, weight.tensor(matrix).to(old.dtype).contiguous())
+    set_constant(network, node, new)
     for name in weight.names[1:]:
         assign(network.graph_module, name, network.tensor(weight.name))
 
