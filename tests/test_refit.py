@@ -184,15 +184,9 @@ def every_candidate(fit, held, weight, bias, ridges):
     missed = (y - weight @ x).numpy()
     a, r = centered @ centered.transpose(0, 2, 1), missed @ centered.transpose(0, 2, 1)
     for own in (False, True):
-        diagonal = np.stack([np.diag(part) if own else np.full(len(part), np.trace(part) / len(part)) for part in a])
-        unit = np.stack([np.diag(row) for row in diagonal])
-        root = 1 / np.sqrt(diagonal)
-        values, vectors = np.linalg.eigh(a * root[:, :, None] * root[:, None, :])
-        vectors = root[:, :, None] * vectors
+        unit = np.stack([np.diag(np.diag(part)) if own else np.eye(len(part)) * np.trace(part) / len(part) for part in a])
         for ridge in ridges:
             score(f"ridge {own}", r @ np.linalg.inv(a + ridge * unit))
-            score(f"shrunk {own}", r @ np.linalg.inv(a / (1 + ridge) + unit * ridge / (1 + ridge)))
-            score(f"truncated {own}", r @ (vectors * np.where(values > ridge, 1 / values, 0)[:, None, :]) @ vectors.transpose(0, 2, 1))
     return results
 
 

@@ -1,13 +1,13 @@
 """Closed-form refit of a layer from moments: the original's outputs, from the inputs that the smaller network gives.
 
 With A the covariance of the inputs and R that of the inputs with what the old weight misses, the weight changes by ``R A^-1``. With few
-samples the small eigenvalues of A are noise, and dividing by them fits noise. So there are many ways to damp that division, and the one
-that errs least on moments of other samples is taken, if any errs less than no refit at all.
+samples the small eigenvalues of A are noise, and dividing by them fits noise. So a ridge damps that division, and the one that errs
+least on moments of other samples is taken, if any errs less than no refit at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 # Inputs are multiplied in pieces of so many positions in their own precision, which are then summed in double precision.
 POSITIONS = 4096
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
-# Wider layers are solved for each of a few ridges, as an eigendecomposition takes much longer.
+# Wider layers are solved for each ridge, as their eigendecomposition takes longer than that.
 LARGEST_COLUMNS = 2304
 # Inputs whose squared deviation is less than this part of their squares are taken as constant: the rest is rounding.
 CONSTANT = 1e-12
@@ -127,10 +127,9 @@ def best_refit(
 ) -> tuple[Tensor, Tensor | None, float, float]:
     """The refit on ``fit`` that errs least on ``held``, the moments of samples that are not in ``fit``.
 
-    Candidates: nothing; the bias alone; and for each ridge, over the eigenvectors of the covariance and of the correlation of the
-    inputs: the ridge towards the old weight, the covariance shrunk towards its diagonal (Ledoit & Wolf 2004), and the eigenvalues below
-    the ridge left out. The last two divide large eigenvalues by themselves, so that they move further than a ridge does. Layers wider
-    than ``LARGEST_COLUMNS``, and sparse ones, have the ridge alone, of both kinds.
+    Candidates: nothing; the bias alone; and each ridge towards the old weight, of both kinds (see ``own`` of :func:`refit`). More ways
+    to damp (eigenvalues left out, a covariance shrunk towards its diagonal) were tried on a small convolutional network, and were no
+    better on further samples. Layers wider than ``LARGEST_COLUMNS``, and sparse ones, are solved anew for each ridge.
 
     Returns: weight and bias, and the error (see :func:`residual`) on ``held`` before and after, which is never higher. Equal errors
     mean that nothing was changed.
@@ -161,10 +160,10 @@ def _candidates(
 
 
 def _spectral(fit: Moments, held: Moments, old: Tensor, centred: bool, ridges: Sequence[float], own: bool) -> Tensor:
-    """The change of the weight with the damping that errs least on ``held``, over one eigendecomposition a group.
+    """The change of the weight with the ridge that errs least on ``held``, from one eigendecomposition a group.
 
     With the change ``Z f V^T`` for factors f of the eigenvalues, the error on ``held`` is a quadratic form in f, of the size of a
-    column: so one more damping costs next to nothing.
+    column: so one more ridge costs next to nothing.
     """
     a, missed = _normal(fit, old, fit if centred else None)
     test, test_missed = _normal(held, old, fit if centred else None)
@@ -178,26 +177,10 @@ def _spectral(fit: Moments, held: Moments, old: Tensor, centred: bool, ridges: S
     linear = (z * (test_missed @ vectors)).sum(1)
     quadratic = (z.mT @ z) * (vectors.mT @ test @ vectors)
     # A ridge of 0 would divide by what is rounding.
-    factors = [damping(values.clamp(min=0), max(ridge, SMALLEST_PIVOT)) for damping in DAMPINGS for ridge in ridges]
+    factors = [1 / (values.clamp(min=0) + max(ridge, SMALLEST_PIVOT)) for ridge in ridges]
     errors = [float((factor * (quadratic @ factor[:, :, None])[:, :, 0] - 2 * linear * factor).sum()) for factor in factors]
     best = factors[errors.index(min(errors))]
     return (z * best[:, None, :]) @ vectors.mT
-
-
-def _ridge(values: Tensor, ridge: float) -> Tensor:
-    return 1 / (values + ridge)
-
-
-def _shrunk(values: Tensor, ridge: float) -> Tensor:
-    return (1 + ridge) / (values + ridge)
-
-
-def _truncated(values: Tensor, ridge: float) -> Tensor:
-    return torch.where(values > ridge, 1 / values.clamp(min=ridge), 0.0)
-
-
-# What an eigenvalue, of mean 1, is divided by.
-DAMPINGS: tuple[Callable[[Tensor, float], Tensor], ...] = (_ridge, _shrunk, _truncated)
 
 
 def _normal(moments: Moments, old: Tensor, center: Moments | None) -> tuple[Tensor, Tensor]:
