@@ -1,0 +1,153 @@
+"""Structured pruning of every architecture of tests/architectures.py, tool by tool, and a judge's word on what each tool made.
+
+    python benchmarks/pruning_zoo.py                                     # everything, about 15 minutes
+    python benchmarks/pruning_zoo.py --architecture vit --ratio 0.5
+    python benchmarks/pruning_zoo.py --show runs/pruning_zoo/results.json
+
+Each pruning runs in a process of its own, with a time limit. Outcomes: ``right`` (runs, is smaller, and computes what the original does
+when what is read of the removed positions is zero), ``wrong``, ``crash``, ``forward fails``, ``no answer`` (within the limit),
+``nothing pruned``, ``not judged``. How the judge knows stands in pruning_judge.py.
+
+Torch-Pruning is used as its documentation shows for a first use: magnitude importance, a ratio for all layers, ``ignored_layers`` for those
+that make the outputs. Hints about attention heads, which it takes for some models, and repairs of the module afterwards are not given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from pruning_judge import OUTCOMES, Outcome, judge, output_layers, tensors
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests"))
+RATIOS = (0.25, 0.5)
+BATCH = 2
+
+Tool = Callable[[nn.Module, Any, float], Any]
+
+
+def torch_pruning(model: nn.Module, example: Any, ratio: float) -> nn.Module:
+    """``model`` with ``ratio`` of the channels of each group removed, in place."""
+    import torch_pruning as tp
+
+    # A bare tensor would be taken apart along the batch.
+    inputs: Any = (example,) if isinstance(example, torch.Tensor) else example
+    pruner = tp.pruner.MagnitudePruner(
+        model,
+        inputs,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        ignored_layers=output_layers(model, example),
+        output_transform=tensors,
+    )
+    pruner.step()
+    return model
+
+
+# A tool gets a model, an example and a ratio, and returns what is called like the model and has its parameters by their names.
+TOOLS: dict[str, Tool] = {"torch-pruning": torch_pruning}
+
+
+def main() -> int:
+    options = arguments()
+    if options.one:
+        print(json.dumps(dataclasses.asdict(one(options.tool[0], options.architecture[0], options.ratio[0]))))
+        return 0
+    rows = json.loads(Path(options.show).read_text())["rows"] if options.show else run(options)
+    print(markdown(rows))
+    return 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--architecture", action="append", metavar="NAME", help="which architectures (all)")
+    parser.add_argument("--tool", action="append", choices=TOOLS, help="which tools (all)")
+    parser.add_argument("--ratio", action="append", type=float, help=f"which share of the channels goes (each of {RATIOS})")
+    parser.add_argument("--limit", type=float, default=120, metavar="SECONDS", help="for one pruning and its judging (%(default)s)")
+    parser.add_argument("--out", default="runs/pruning_zoo/results.json", help="where the results go (%(default)s)")
+    parser.add_argument("--show", metavar="RESULTS", help="run nothing, print the table of earlier results")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All outcomes; they are written after each."""
+    from architectures import ARCHITECTURES  # pyright: ignore[reportMissingImports]
+
+    file = Path(options.out).absolute()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    versions = {name: metadata.version(name) for name in ("torch", "torch-pruning", "transformers")}
+    rows: list[dict[str, Any]] = []
+    for name in options.architecture or ARCHITECTURES:
+        for tool in options.tool or TOOLS:
+            for ratio in options.ratio or RATIOS:
+                outcome = apart(tool, name, ratio, options.limit)
+                rows.append({"architecture": name, "tool": tool, "ratio": ratio, **dataclasses.asdict(outcome)})
+                print(f"{name} {tool} {ratio}: {outcome.word} {outcome.detail}", file=sys.stderr, flush=True)
+                file.write_text(json.dumps({"versions": versions, "limit": options.limit, "rows": rows}, indent=1))
+    return rows
+
+
+def apart(tool: str, name: str, ratio: float, limit: float) -> Outcome:
+    """The outcome from a fresh process that is stopped after ``limit`` seconds."""
+    command = [sys.executable, __file__, "--one", "--tool", tool, "--architecture", name, "--ratio", str(ratio)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    try:
+        out, errors = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return Outcome("no answer", f"stopped after {limit:.0f} s")
+    if process.returncode < 0:
+        return Outcome("crash", f"signal {-process.returncode}")
+    if process.returncode:
+        raise RuntimeError(f"the judge itself failed on {name}:\n{errors}")
+    return Outcome(**json.loads(out.splitlines()[-1]))
+
+
+def one(tool: str, name: str, ratio: float) -> Outcome:
+    """Prune and judge here."""
+    from architectures import ARCHITECTURES  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(1)
+    specimen = ARCHITECTURES[name]
+    inputs = specimen.inputs(BATCH)
+    return judge(specimen.make(), lambda model: TOOLS[tool](model, inputs, ratio), inputs)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A line an architecture, a column a tool and ratio; below, how often each outcome came."""
+    columns = list(dict.fromkeys((row["tool"], row["ratio"]) for row in rows))
+    cells = {(row["architecture"], row["tool"], row["ratio"]): row for row in rows}
+    lines = ["| | " + " | ".join(f"{tool}, {ratio:g}" for tool, ratio in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in dict.fromkeys(row["architecture"] for row in rows):
+        lines.append(f"| {name} | " + " | ".join(_cell(cells.get((name, *column))) for column in columns) + " |")
+    counts = [Counter(row["word"] for row in rows if (row["tool"], row["ratio"]) == column) for column in columns]
+    lines += [f"| **{word}** | " + " | ".join(str(count[word]) for count in counts) + " |" for word in OUTCOMES if any(c[word] for c in counts)]
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    share = f", {row['removed']:.0%} gone" if row["removed"] else ""
+    gap = f", off by {row['gap']:.1g}" if row["word"] == "wrong" else ""
+    return f"{row['word']}{share}{gap}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
