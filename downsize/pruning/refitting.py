@@ -1,4 +1,11 @@
-"""Layers of a pruned network refitted in closed form, one after another, to what the original's layers give."""
+"""Layers of a pruned network refitted in closed form, one after another, to what the original's layers give.
+
+Each layer's inputs are those that the layers refitted before it give, its targets the original's values (He, Zhang & Sun 2017, arXiv
+1707.06168, section 3.2, made sequential). Where a layer's output goes into a residual sum and nowhere else (through operators that hand it
+on), its target is the original's sum less the pruned network's other summand: so it also makes up for the error that the residual stream
+carries already. This needs the other summand to come before the layer; a batch norm between the layer and the sum hides the sum: fold it
+before.
+"""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportReturnType=false, reportOptionalSubscript=false
@@ -53,16 +60,9 @@ def refit_layers(
     spans: Mapping[str, str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Refitted]:
-    """Fit weights and biases of ``student``, in place and in order, to ``teacher``: each layer's inputs are those that the layers refitted
-    before it give, its targets the teacher's values (He, Zhang & Sun 2017, arXiv 1707.06168, section 3.2, made sequential).
-
-    Where a layer's output goes into a residual sum and nowhere else (through operators that hand it on), its target is the teacher's sum
-    less the student's other summand: so it also makes up for the error that the residual stream carries already. This needs the other
-    summand to come before the layer; a batch norm between the layer and the sum hides the sum: fold it before.
-
-    Linear layers, 1-D and 2-D convolutions, whose weight is a constant that nothing else reads, and whose output has the teacher's
-    positions. Where an input marks padding (see :func:`~downsize.network.padding.padding_port`), padded positions of linear layers on
-    [batch, length, features] do not count. Zeros of a sparse weight stay.
+    """Fit weights and biases of ``student`` to ``teacher``, in place and in order: of linear layers, 1-D and 2-D convolutions whose weight is
+    a constant that nothing else reads. Zeros of a sparse weight stay. Where an input marks padding (see ``padding_port``), padded positions
+    of linear layers on [batch, length, features] do not count.
 
     Args:
         teacher: the original; nodes are matched by name. Both networks in evaluation mode.
@@ -70,11 +70,8 @@ def refit_layers(
         layers: names of nodes to refit, default all that can be.
         rows: for each layer with fewer outputs than the teacher's, which of the teacher's they are: int64 [outputs].
         spans: where layers were removed behind a node of the student, its name, to the name of the teacher's node behind the removed
-            layers, whose value it should now give. Of two layer norms the inputs are meant, and the student's takes the teacher's gain
-            and shift.
+            layers, whose value it should now give. Of two layer norms the inputs, and the student's takes the teacher's gain and shift.
         progress: is told each layer's name.
-
-    Memory: the values of both networks at one place (see :class:`~downsize.network.frontier.Frontier`) and the moments of one layer.
 
     Raises:
         ValueError: a layer or span that is in neither graph.
@@ -98,17 +95,17 @@ def refit_layers(
 
 
 class _Sample(NamedTuple):
-    """One piece of what a layer reads and should give. ``scale``: the squared length of what its error is compared with."""
+    """One piece of what a layer reads and should give. ``whole``: the value of the teacher that ``target`` is a part of; ``real``: which
+    positions are no padding, None for all."""
 
     x: Tensor
     target: Tensor
-    output: Tensor
-    scale: Tensor
+    whole: Tensor
     real: Tensor | None
 
 
 class _Data:
-    """What a layer reads, should give and gives, piece by piece."""
+    """What a layer reads and should give, piece by piece."""
 
     def __init__(self, originals: Frontier, smaller: Frontier, goal: Goal, port: int | None) -> None:
         self.originals, self.smaller, self.goal = originals, smaller, goal
@@ -116,22 +113,21 @@ class _Data:
 
     def __iter__(self) -> Iterator[_Sample]:
         goal, layer = self.goal, self.goal.layer
-        streams = [self.smaller.values(layer.args[0]), self.smaller.values(layer), self.originals.values(goal.target)]
-        streams += [self.smaller.values(other) for other in goal.others]
+        streams = [self.smaller.values(layer.args[0]), self.originals.values(goal.target), *map(self.smaller.values, goal.others)]
         masks = self.originals.values(self.mask) if self.mask is not None and layer.target is aten.linear.default else None
-        for x, output, whole, *others in zip(*streams, strict=True):
+        for x, whole, *others in zip(*streams, strict=True):
             mask = next(masks) if masks is not None else None
             whole = whole if goal.rows is None else whole.index_select(channel_axis(layer, whole.dim()), goal.rows)
             target = whole
             for other in others:
                 target = target - other
             real = mask.bool() if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape else None
-            yield _Sample(x, target, output, (whole if real is None else whole[real]).double().square().sum(), real)
+            yield _Sample(x, target, whole, real)
 
 
 def _refit(student: Network, goal: Goal, data: _Data, fitted: int) -> Refitted:
     layer = goal.layer
-    if all(map(_is_unchanged, data)):
+    if all(map(_is_right, data, data.smaller.values(layer))):
         return Refitted(layer.name, 0.0, 0.0, "none", "it gives what it should")
     groups = groups_of(layer)
     old = constant(student, layer.args[1]).detach()
@@ -152,10 +148,10 @@ def _refit(student: Network, goal: Goal, data: _Data, fitted: int) -> Refitted:
     return Refitted(layer.name, before, after, goal.form)
 
 
-def _is_unchanged(sample: _Sample) -> bool:
-    gap = sample.target - sample.output
-    gap = gap if sample.real is None else gap[sample.real]
-    return bool(gap.double().square().sum() <= UNCHANGED**2 * sample.scale)
+def _is_right(sample: _Sample, output: Tensor) -> bool:
+    """Whether the layer gives what it should, but for rounding errors of the value that its target is a part of."""
+    gap, whole = (value if sample.real is None else value[sample.real] for value in (sample.target - output, sample.whole))
+    return bool(gap.double().square().sum() <= UNCHANGED**2 * whole.double().square().sum())
 
 
 def _moments(layer: fx.Node, weight: Tensor, data: _Data, fitted: int) -> tuple[Moments, Moments]:
