@@ -4,7 +4,8 @@ Each layer's inputs are those that the layers refitted before it give, its targe
 1707.06168, section 3.2, made sequential). Where a layer's output goes into a residual sum and nowhere else (through operators that hand it
 on), its target is the original's sum less the pruned network's other summand: so it also makes up for the error that the residual stream
 carries already. This needs the other summand to come before the layer; a batch norm between the layer and the sum hides the sum: fold it
-before.
+before. Where an input marks padding (see ``network/padding.py``), padded positions of linear layers on [batch, length, features] do not
+count. Zeros of a sparse weight stay.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
@@ -61,17 +62,15 @@ def refit_layers(
     progress: Callable[[str], None] | None = None,
 ) -> list[Refitted]:
     """Fit weights and biases of ``student`` to ``teacher``, in place and in order: of linear layers, 1-D and 2-D convolutions whose weight is
-    a constant that nothing else reads. Zeros of a sparse weight stay. Where an input marks padding (see ``padding_port``), padded positions
-    of linear layers on [batch, length, features] do not count.
+    a constant that nothing else reads.
 
     Args:
         teacher: the original; nodes are matched by name. Both networks in evaluation mode.
         fit: flat inputs to solve on. held: others, to choose the damping by.
-        layers: names of nodes to refit, default all that can be.
+        layers: names of nodes to refit, default all that can be. progress: is told each name.
         rows: for each layer with fewer outputs than the teacher's, which of the teacher's they are: int64 [outputs].
         spans: where layers were removed behind a node of the student, its name, to the name of the teacher's node behind the removed
             layers, whose value it should now give. Of two layer norms the inputs, and the student's takes the teacher's gain and shift.
-        progress: is told each layer's name.
 
     Raises:
         ValueError: a layer or span that is in neither graph.
