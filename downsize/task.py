@@ -42,6 +42,8 @@ class Task:
         score: ``(predict, batches) -> float``, higher is better. Roles whose targets are None, and tasks without a score, are judged by
             fidelity: the mean cosine between a model's outputs and the original's.
         name: for reports.
+        clock: for techniques that choose by latency, what knows how long layers take (``pruning.latency.Clock``); ``fit`` and ``run`` set it to
+            measurements in the target's runtime.
 
     Raises:
         TaskError: one of them is of a wrong kind. :meth:`check` looks deeper.
@@ -52,6 +54,7 @@ class Task:
     data: Mapping[str, Callable[[], Iterable[Any]]]
     score: Score | None = None
     name: str = "task"
+    clock: Any = None
 
     def __post_init__(self) -> None:
         import torch

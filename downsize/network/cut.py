@@ -74,12 +74,13 @@ class Survivors:
         return [self.shape(part) for part in dims] if isinstance(dims, list) else tuple(map(self.count, dims))
 
 
-def cut(network: Network | Lineage, dead: Mapping[str, Iterable[int]]) -> Network:
+def cut(network: Network | Lineage, dead: Mapping[str, Iterable[int]], changed: Network | None = None) -> Network:
     """A network without those units.
 
     Args:
         network: it, or its lineage where several cuts are tried.
         dead: axis name (see ``lineage.axes``) -> the numbers of the units that go, counted from 0.
+        changed: the network with other values in its tensors, to be cut instead of it.
 
     Returns: a new network, smaller in every tensor that carried the units; constants that do not are shared with the old one.
 
@@ -91,8 +92,9 @@ def cut(network: Network | Lineage, dead: Mapping[str, Iterable[int]]) -> Networ
     """
     lineage = network if isinstance(network, Lineage) else Lineage(network)
     survivors = Survivors(lineage, dead)
-    made = lineage.network.fork()
-    twins = dict(zip(lineage.network.graph.nodes, made.graph.nodes, strict=True))
+    made = (changed or lineage.network).fork()
+    by_name = {node.name: node for node in made.graph.nodes}
+    twins = {node: by_name[node.name] for node in lineage.network.graph.nodes}
     slice_constants(made, survivors)
     for node, twin in twins.items():
         rewrite = REWRITES.get(operator_name(node)) if node.op == "call_function" and node in lineage.dims else None
@@ -107,8 +109,9 @@ def cut(network: Network | Lineage, dead: Mapping[str, Iterable[int]]) -> Networ
 def slice_constants(made: Network, survivors: Survivors) -> None:
     """Take the dead positions out of the constants of ``made``; a tensor with two names stays one."""
     sliced: dict[int, Tensor] = {}
+    known = {node.target: vectors for node, vectors in survivors.lineage.dims.items() if node.op == "get_attr"}
     for name, tensor in list(made.named_tensors()):
-        alive = [survivors.of(vector) for vector in survivors.lineage.constants[id(tensor)][1]]
+        alive = [survivors.of(vector) for vector in known.get(name, ())]
         if not all(one.all() for one in alive):
             if id(tensor) not in sliced:
                 sliced[id(tensor)] = _sliced(tensor, alive)

@@ -1,0 +1,65 @@
+"""Where a network can be pruned: an axis, the layers that read it, and what that costs for any width."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ..network.columns import MATRIX_LAYERS, groups_of
+from ..network.lineage import Axis, Lineage
+
+KINDS = ("channels", "heads", "neurons", "head_dims", "width")
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A linear layer or convolution that reads an axis: its node's name, its groups, and the unit of each column of its weight matrix
+    (int64 [columns], -1 for columns of no unit)."""
+
+    node: str
+    groups: int
+    unit: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """An axis with its readers. ``whole``: these readers are all there are, so that zero columns in them are what a cut computes."""
+
+    axis: Axis
+    readers: tuple[Reader, ...]
+    whole: bool
+
+
+def sites(lineage: Lineage, what: Sequence[str] = ("channels", "heads", "neurons")) -> tuple[Site, ...]:
+    """The axes of these kinds, with two units or more.
+
+    Example: of ``Sequential(Conv2d(3, 8, 3), ReLU(), Conv2d(8, 4, 3))`` one, whose reader has 72 columns, 9 for each of the 8 channels.
+    """
+    names = {id(lineage.network.tensor(name)): name for name, _ in lineage.constants.values()}
+    layers = [node for node in lineage.network.graph.nodes if node.target in MATRIX_LAYERS and node.args[1].op == "get_attr"]
+    return tuple(_site(lineage, axis, layers, names) for axis in lineage.axes if axis.kind in what and axis.units > 1)
+
+
+def _site(lineage: Lineage, axis: Axis, layers: Sequence[fx.Node], names: dict[int, str]) -> Site:
+    readers = []
+    for node in layers:
+        tensor = lineage.network.tensor(str(node.args[1].target))
+        unit = axis.carriers.get((names[id(tensor)], 1))
+        if unit is not None:
+            each = tensor[0, 0].numel()
+            readers.append(Reader(node.name, groups_of(node), torch.from_numpy(np.repeat(unit, each))))
+    known = {reader.node for reader in readers}
+    atoms = set(axis.atoms.tolist())
+    whole = axis.exact and all(read.node.name in known for read in lineage.reads if _reads(lineage, read.source, read.dim, atoms))
+    return Site(axis, tuple(readers), whole and bool(readers))
+
+
+def _reads(lineage: Lineage, source: fx.Node, dim: int, atoms: set[int]) -> bool:
+    ids = np.unique(lineage.atoms.find(lineage.dims[source][dim])).tolist()
+    return any(not atoms.isdisjoint(lineage.atoms.leaves(one)) for one in ids)

@@ -1,0 +1,330 @@
+"""From a network and an amount to the pruned network: order, ladder, allocation, cut, proof, repair."""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CutError, TaskError
+from ..network.columns import MATRIX_LAYERS
+from ..network.cut import Survivors, cut
+from ..network.fold import fold_constants
+from ..network.judge import Judge
+from ..network.lineage import Lineage
+from ..network.masked import masked
+from ..network.network import Network, batch_of
+from ..network.padding import padding_port
+from ..network.rewrite import argument, aten, constant, drop_identities, fold_batch_norm, fold_padding, set_bias
+from ..network.statistics import Pieces, walk
+from ..numerics.allocation import Term
+from ..numerics.importance import energy
+from ..numerics.removal import Reading
+from ..task import Task
+from .choice import Amount, choose
+from .costs import Costs, evaluate
+from .grams import with_grams
+from .importance import scores
+from .latency_limit import latency_amount, whole_latency
+from .ladder import Ladder, climb, readings, repair_reader, surgeon_order, widths_of, without
+from .refitting import refit_layers
+from .renormalise import reestimate_batch_norms
+from .sites import Reader, Site, sites
+
+QUANTIZERS = (torch.ops.downsize.fake_quantize.default, torch.ops.downsize.fake_quantize_dynamic.default)
+# How many held-back pieces judge a width, and how many of all prove a cut.
+TRIAL_PIECES = 48
+# What a cut may differ from its mask by, of the outputs' largest value.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for; see :class:`~downsize.techniques.prune.Prune`. ``most``: what may remain of ``amount``."""
+
+    amount: str
+    most: float
+    scope: str
+    what: tuple[str, ...]
+    importance: str
+    refit: bool
+    renormalise: bool
+    fold: bool
+    rounds: int
+    multiple: int
+    samples: int
+    holdout: int
+    damping: float
+
+
+@dataclass(frozen=True)
+class Data:
+    """Calibration inputs to fit on (``fit``), and others to judge by (``held``, and of these a few: ``trial``); ``port`` marks padding."""
+
+    fit: Pieces
+    held: Pieces
+    trial: Pieces
+    port: int | None
+
+
+def prune(network: Network, task: Task, settings: Settings, tune: Callable[[Network], Network] | None = None) -> Network:
+    """Prune in ``settings.rounds`` steps, each less by the same factor.
+
+    Args:
+        tune: is given the network behind each step and returns what the next goes on from: the place for training in between.
+    """
+    plain = prepared(network, settings.fold)
+    data = collected(plain, task, settings) if settings.samples else None
+    given = give_biases(plain) if settings.refit else []
+    whole = _whole(plain, settings, task)
+    share = settings.most if settings.most <= 1 else settings.most / whole
+    made = plain
+    for step in range(1, settings.rounds + 1):
+        left = share ** (1 / settings.rounds) if settings.amount == "ratio" else whole * share ** (step / settings.rounds)
+        made = _step(plain, made, task, replace(settings, most=left), data)
+        made = tune(made) if tune else made
+    drop_zero_biases(made, given)
+    return made
+
+
+def give_biases(network: Network) -> list[str]:
+    """Give a bias of zeros to every layer that a repair may shift, so that it is cut with the rest. Returns the layers' names."""
+    found = [node for node in network.graph.nodes if node.target in MATRIX_LAYERS and constant(network, node.args[1]) is not None]
+    bare = [node for node in found if argument(node, 2, "bias") is None]
+    for node in bare:
+        weight = network.tensor(str(node.args[1].target))
+        set_bias(network, node, weight.new_zeros(weight.shape[0]))
+    network.recompile()
+    return [node.name for node in bare]
+
+
+def drop_zero_biases(network: Network, layers: Sequence[str]) -> None:
+    """Take the biases of these layers away again where they stayed zero."""
+    for node in network.graph.nodes:
+        if node.name in layers and not bool(constant(network, node.args[2]).any()):
+            node.update_arg(2, None)
+    network.recompile()
+
+
+def prepared(network: Network, fold: bool) -> Network:
+    """A fork in evaluation mode and in the plainest form.
+
+    Raises:
+        CutError: it is quantized.
+    """
+    made = network.fork().eval()
+    if any(node.target in QUANTIZERS for node in made.graph.nodes):
+        raise CutError("The network is quantized already, its weights are on grids: prune first, then quantize.")
+    drop_identities(made)
+    fold_constants(made)
+    if fold:
+        fold_batch_norm(made)
+    fold_padding(made)
+    return made
+
+
+def collected(network: Network, task: Task, settings: Settings) -> Data:
+    """The calibration data, parted.
+
+    Raises:
+        TaskError: fewer than two pieces.
+    """
+    pieces = Pieces.of(network, task.batches("calibrate"), settings.samples)
+    if len(pieces) < 2:
+        raise TaskError("There is one calibration sample; expected at least two, one to solve on and one to judge by: give a hundred, or samples=0.")
+    fit, held = pieces.parted(max(2, min(settings.holdout, len(pieces))))
+    return Data(fit, held, held[:: max(1, -(-len(held) // TRIAL_PIECES))], padding_port(network, pieces))
+
+
+def _step(original: Network, network: Network, task: Task, settings: Settings, data: Data | None) -> Network:
+    if "layers" in settings.what:
+        from .depth import drop_layers
+
+        return drop_layers(network, settings, data)
+    lineage = Lineage(network)
+    found = sites(lineage, settings.what)
+    if not found:
+        kinds = ", ".join(sorted({axis.kind for axis in lineage.axes})) or "none"
+        raise TaskError(f"Nothing of the kinds {', '.join(settings.what)} can be cut; axes there are of the kinds: {kinds}.")
+    ladders = climbed(lineage, found, task, settings, data)
+    dead = choose(ladders, amount_of(lineage, found, settings, task), settings.scope)
+    made = cut(lineage, dead)
+    _prove(lineage, dead, made, data)
+    if data is not None:
+        made = repaired(original, made, lineage, found, dead, settings, data)
+    made.origin["pruned"] = _told(lineage, dead, settings)
+    return made
+
+
+# Ladders ----------------------------------------------------------------------------------------------------------------------------
+
+
+def climbed(lineage: Lineage, found: Sequence[Site], task: Task, settings: Settings, data: Data | None) -> list[Ladder]:
+    """The ladder of every site."""
+    if data is None:
+        return [by_weights(lineage, site, settings) for site in found]
+    network = lineage.network
+    judge = Judge(network, data.trial)
+    uniform = settings.scope == "layer"
+    measured = settings.importance in ("obs", "energy")
+    rank = scores(network, task, "l2" if measured else settings.importance)
+    made = []
+    for site, grams in with_grams(network, found, data.fit, data.port):
+        reads = readings(site, network, grams)
+        order = _order(site, reads, settings) if measured and reads else rank(site).argsort(stable=True)
+        widths = widths_of(site, settings.multiple)
+        if uniform:
+            made.append(Ladder(site, order, _all_widths(site, settings), tuple(0.0 for _ in _all_widths(site, settings))))
+            continue
+        repair = (lambda gone, site=site, grams=grams: without(network, site, grams, gone, settings.damping)) if site.whole and settings.refit else None
+        made.append(climb(lineage, site, order, widths, judge, repair))
+    return made
+
+
+def _all_widths(site: Site, settings: Settings) -> tuple[int, ...]:
+    """Every width, for the same share of all axes."""
+    units = site.axis.units
+    grain = settings.multiple if units >= 4 * settings.multiple and site.axis.kind != "heads" else 1
+    return tuple(sorted({units, *range(grain, units, grain)}, reverse=True))
+
+
+def _order(site: Site, reads: Sequence[Reading], settings: Settings) -> Tensor:
+    if settings.importance == "obs":
+        return surgeon_order(site, reads, settings.damping)
+    total = sum(energy(read.gram.diagonal(), read.unit, site.axis.units) * read.importance for read in reads)
+    return total.argsort(stable=True)
+
+
+def by_weights(lineage: Lineage, site: Site, settings: Settings) -> Ladder:
+    """The ladder without data: the share of the squared importance that goes stands for the error."""
+    value = scores(lineage.network, None, settings.importance)(site)
+    order = value.argsort(stable=True)
+    gone = torch.cat([torch.zeros(1, dtype=torch.float64), value[order].square().cumsum(0)])
+    widths = widths_of(site, settings.multiple)
+    return Ladder(site, order, widths, tuple(float(gone[site.axis.units - width] / gone[-1].clamp(min=1e-30)) for width in widths))
+
+
+# Cut, proof, repair -----------------------------------------------------------------------------------------------------------------
+
+
+def _prove(lineage: Lineage, dead: Mapping[str, list[int]], made: Network, data: Data | None) -> None:
+    """The law cut == masked, on inputs of the example's size or the first held-back piece.
+
+    Raises:
+        CutError: they differ.
+    """
+    oracle = masked(lineage, dead)
+    leaves = data.held[0] if data is not None else _random_inputs(made)
+    for one, two in zip(walk(oracle, leaves, {}), walk(made, leaves, {}), strict=True):
+        if one.is_floating_point() and one.numel():
+            finite = one.isfinite() & two.isfinite()
+            gap = float((one - two)[finite].abs().max()) if finite.any() else 0.0
+            scale = float(one[finite].abs().max()) if finite.any() else 1.0
+            if gap > TOLERANCE * max(scale, 1e-30) or not torch.equal(one.isfinite(), two.isfinite()):
+                raise CutError(f"The cut network differs from the masked one by {gap:.3g} of {scale:.3g}: this is a fault of downsize, please report it.")
+
+
+def _random_inputs(network: Network) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(port.example, generator=generator).to(port.dtype)
+        if port.dtype.is_floating_point
+        else torch.randint(0, 2, port.example, generator=generator).to(port.dtype)
+        for port in network.ports
+    ]
+
+
+def repaired(
+    original: Network, made: Network, lineage: Lineage, found: Sequence[Site], dead: Mapping[str, list[int]], settings: Settings, data: Data
+) -> Network:
+    """The cut network, its layers fitted to the original's values and its batch norms measured again, each kept if held-back data agrees."""
+    judge = Judge(original, data.held)
+    loss = judge(made)
+    if settings.refit:
+        survivors = Survivors(lineage, dead)
+        for start in (made, cut(lineage, dead, without_units(lineage.network, found, dead, data, settings.damping))):
+            fitted = start.fork()
+            refit_layers(original, fitted, data.fit, data.held, rows=kept_rows(fitted, lineage, survivors))
+            for trial in (start, fitted):
+                if (lower := judge(trial)) < loss:
+                    loss, made = lower, trial
+    if settings.renormalise and any(node.target is aten.batch_norm.default for node in made.graph.nodes):
+        normed = made.fork()
+        reestimate_batch_norms(normed, data.fit)
+        if (lower := judge(normed)) < loss:
+            loss, made = lower, normed
+    made.origin["error"] = f"{loss:.4g}"
+    return made
+
+
+def without_units(network: Network, found: Sequence[Site], dead: Mapping[str, list[int]], data: Data, damping: float) -> Network:
+    """A fork whose readers make up for the units that go, each by the optimum for the inputs that the network as it is gives."""
+    made = network.fork()
+    gone: dict[str, tuple[Reader, Tensor]] = {}
+    for site in found:
+        for reader in site.readers:
+            mask = torch.isin(reader.unit, torch.tensor(dead.get(site.axis.name, []), dtype=torch.int64))
+            gone[reader.node] = reader, mask | (gone[reader.node][1] if reader.node in gone else mask)
+    which = [site for site in found if site.axis.name in dead]
+    for _, grams in with_grams(network, which, data.fit, data.port):
+        for name, gram in grams.items():
+            reader, mask = gone.pop(name, (None, None))
+            if reader is not None:
+                repair_reader(made, reader, gram, mask, damping)
+    made.recompile()
+    return made
+
+
+def kept_rows(made: Network, lineage: Lineage, survivors: Survivors) -> dict[str, Tensor]:
+    """For each layer with fewer outputs than before, which they are."""
+    rows = {}
+    here = {node.name for node in made.graph.nodes}
+    for node in lineage.network.graph.nodes:
+        if node.target in MATRIX_LAYERS and node.args[1].op == "get_attr" and node.name in here:
+            alive = survivors.of(lineage.dims[node.args[1]][0])
+            if not alive.all():
+                rows[node.name] = torch.from_numpy(alive.nonzero()[0])
+    return rows
+
+
+def _told(lineage: Lineage, dead: Mapping[str, list[int]], settings: Settings) -> dict[str, Any]:
+    """What was done, for reports: axis -> units before and after."""
+    widths = {axis.name: f"{axis.units} -> {axis.units - len(dead[axis.name])}" for axis in lineage.axes if axis.name in dead}
+    how = settings.importance if settings.samples else f"{settings.importance} without data: nothing was measured, nothing repaired"
+    return {"by": how, "widths": widths}
+
+
+# Amounts ----------------------------------------------------------------------------------------------------------------------------
+
+
+def amount_of(lineage: Lineage, found: Sequence[Site], settings: Settings, task: Task) -> Amount:
+    """What was asked for, as a function of widths."""
+    costs = Costs(lineage, [site.axis for site in found])
+    if settings.amount == "ratio":
+        units = [site.axis.units for site in found]
+        terms = lambda widths: tuple(Term((i,), width * units[i]) for i, width in enumerate(widths))  # noqa: E731
+        return Amount("units", settings.most * sum(units), terms, lambda dead: settings.most * sum(units))
+    if settings.amount == "latency":
+        return latency_amount(lineage, found, settings.most, task.clock, batch_of(task.example, [0]))
+    polynomial = costs.macs if settings.amount == "macs" else costs.parameters
+
+    def real(dead: dict[str, list[int]]) -> float:
+        smaller = Costs(Lineage(cut(lineage, dead)), ())
+        return evaluate(smaller.macs if settings.amount == "macs" else smaller.parameters, ())
+
+    return Amount(settings.amount, settings.most, lambda widths: costs.terms(polynomial, widths), real)
+
+
+def _whole(network: Network, settings: Settings, task: Task) -> float:
+    """What all of the network has of the amount."""
+    if settings.amount == "ratio":
+        return 1.0
+    if settings.amount == "latency":
+        return whole_latency(network, task.clock, batch_of(task.example, [0]))
+    costs = Costs(Lineage(network), ())
+    return evaluate(costs.macs if settings.amount == "macs" else costs.parameters, ())

@@ -1,0 +1,99 @@
+"""Structured pruning: channels, heads, neurons and layers are really cut, chosen by measured error and repaired in closed form."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..errors import SpecError
+from ..network.network import Network
+from ..pruning.structure import Settings, prune
+from ..spec import frozen
+from ..task import Task
+
+AMOUNTS = ("macs", "parameters", "latency", "ratio")
+
+
+@frozen
+class Prune:
+    """Cut units out of a network: what remains is a smaller network of the same kind, faster in every runtime.
+
+    ``prune(macs=0.5)`` orders the units of every axis by what removing them costs (optimal brain surgery on Gram matrices of calibration
+    data), measures the error of the whole network at several widths of each axis on held-back samples, solves for the widths with the
+    least summed error, cuts, and fits layer after layer to the original's values in closed form. No labels, no training.
+
+    Fields:
+        macs, parameters, latency, ratio: how much may REMAIN; one of them. ``macs`` (multiply-accumulates, at the example's sizes),
+            ``parameters`` and ``latency`` (the summed latency of the layers on this machine, measured by shape) are shares of the
+            network's own up to 1, above 1 absolute numbers (latency: milliseconds, of the layers); ``ratio`` is the share of each
+            axis' units that stays.
+        scope: ``global`` (each axis as much as it can bear) or ``layer`` (the same share of each axis).
+        what: kinds of axes: ``channels``, ``heads``, ``neurons``; also ``head_dims`` and ``width``, which cross a normalisation over the
+            units and so are inexact; or ``layers``: residual branches and repeated layers are taken out whole.
+        importance: what orders the units: ``obs``; norms of all weights of a unit ``l1``, ``l2``; ``scale`` of batch norms; ``taylor``
+            (gradients of the loss if there are class labels, else of the outputs); ``geometric_median``; ``energy`` of what is read; ``random``.
+        refit: fit the layers that read cut units in closed form; each only if it helps on held-back samples.
+        renormalise: measure batch norms again, where ``fold`` left any.
+        fold: fold batch norms into convolutions first, which repairs better; False keeps them for training.
+        rounds: cut in so many steps, each chosen anew on what the last one left.
+        multiple: widths are multiples of this, where an axis has four times as many units; kernels work in blocks of 8 or 16.
+        samples: calibration samples used at most, of which every ``holdout``-th judges the choices; 0: use no data (then units are
+            ordered and widths are chosen by weights alone, and nothing is repaired: ``origin["pruned"]`` says so).
+        damping: of the Gram matrices, as a share of their mean diagonal.
+
+    Example: ``prune(macs=0.75)``.
+    """
+
+    macs: float | None = Field(default=None, gt=0)
+    parameters: float | None = Field(default=None, gt=0)
+    latency: float | None = Field(default=None, gt=0)
+    ratio: float | None = Field(default=None, gt=0, le=1)
+    scope: Literal["global", "layer"] = "global"
+    what: tuple[Literal["channels", "heads", "neurons", "head_dims", "width", "layers"], ...] = ("channels", "heads", "neurons")
+    importance: Literal["obs", "l1", "l2", "scale", "taylor", "geometric_median", "energy", "random"] = "obs"
+    refit: bool = True
+    renormalise: bool = True
+    fold: bool = True
+    rounds: int = Field(default=1, ge=1)
+    multiple: int = Field(default=8, ge=1)
+    samples: int = Field(default=512, ge=0)
+    holdout: int = Field(default=5, ge=2)
+    damping: float = Field(default=0.01, ge=0)
+
+    def __post_init__(self) -> None:
+        given = [name for name in AMOUNTS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise SpecError(f"prune: {', '.join(given) or 'no amount'} came; expected one of {', '.join(AMOUNTS)}, e.g. prune(macs=0.5).")
+        if not self.what or ("layers" in self.what and len(self.what) > 1):
+            raise SpecError(f"prune: what={self.what} came; expected kinds of axes, or layers alone: prune(...) | prune(...) does both.")
+        if "layers" in self.what and not self.samples:
+            raise SpecError("prune: which layers can go is found out on data; expected samples above 0.")
+        if not self.samples and self.importance in ("energy", "taylor"):
+            raise SpecError(f"prune: importance={self.importance!r} needs data; expected samples above 0, or l2.")
+
+    def __call__(self, network: Network, task: Task) -> Network:
+        """The pruned network.
+
+        Raises:
+            TaskError: nothing can be cut, or there is too little calibration data, or it has NaN in it.
+            AllocationError: so little cannot remain; the message says how little can.
+            CutError: the network is quantized, or the cut network does not compute what it should, which would be a fault of downsize.
+        """
+        (name,) = [name for name in AMOUNTS if getattr(self, name) is not None]
+        settings = Settings(
+            amount=name,
+            most=getattr(self, name),
+            scope="layer" if name == "ratio" else self.scope,
+            what=self.what,
+            importance=self.importance if self.samples or self.importance != "obs" else "l2",
+            refit=self.refit and self.samples > 0,
+            renormalise=self.renormalise and self.samples > 0,
+            fold=self.fold,
+            rounds=self.rounds,
+            multiple=self.multiple,
+            samples=self.samples,
+            holdout=self.holdout,
+            damping=self.damping,
+        )
+        return prune(network, task, settings)
