@@ -76,9 +76,8 @@ def refit_layers(
         ValueError: a layer or span that is in neither graph.
     """
     goals = goals_of(teacher, student, layers, rows or {}, resolve_spans(teacher, student, spans or {}))
-    pieces = Joined(fit, held)
-    originals, smaller = Frontier(teacher, pieces), Frontier(student, pieces)
-    port = padding_port(teacher, pieces)
+    originals, smaller = (Frontier(network, Joined(fit, held)) for network in (teacher, student))
+    port = padding_port(teacher, originals.pieces)
     results = []
     for goal in goals:
         if goal.reason:
