@@ -8,6 +8,7 @@ key, lose its term), lets layers that normalize across channels take their stati
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -224,10 +225,11 @@ def difference(expected: Tensor, got: Tensor) -> float:
     """The largest difference relative to the largest value. Where positions of one dimension went, the rest must follow each other as before."""
     if expected.shape != got.shape:
         shorter = [d for d in range(expected.dim()) if got.dim() == expected.dim() and got.shape[d] != expected.shape[d]]
-        if len(shorter) != 1 or got.shape[shorter[0]] > expected.shape[shorter[0]]:
+        if len(shorter) != 1 or shorter[0] == 0 or got.shape[shorter[0]] > expected.shape[shorter[0]]:
             return float("inf")
         expected = _subsequence(expected, got, shorter[0])
-    return float((expected - got).abs().max() / expected.abs().max().clamp(min=1e-30))
+    gap = float((expected - got).abs().max() / expected.abs().max().clamp(min=1e-30))
+    return gap if math.isfinite(gap) else float("inf")
 
 
 def _subsequence(expected: Tensor, got: Tensor, d: int) -> Tensor:

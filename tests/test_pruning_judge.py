@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-from pruning_judge import judge, kept_indices, output_layers  # pyright: ignore[reportMissingImports]
+from pruning_judge import difference, judge, kept_indices, output_layers  # pyright: ignore[reportMissingImports]
 
 KEPT = [0, 1, 3, 6]
 
@@ -163,3 +163,10 @@ def test_output_layers(name, layers):
     model = ARCHITECTURES[name].make()
     found = output_layers(model, ARCHITECTURES[name].inputs(2))
     assert {path for path, module in model.named_modules() if any(module is layer for layer in found)} == layers
+
+
+def test_difference():
+    one = torch.tensor([[1.0, -4.0, 3.0], [2.0, 0.0, 5.0]])
+    assert difference(one, one) == 0 and difference(one, one + torch.tensor([0.0, 0.5, 0.0])) == pytest.approx(0.1)
+    assert difference(one, one[:, [0, 2]]) == 0 and difference(one, one[:, [2, 0]]) > 0.1
+    assert difference(one, one[:1]) == difference(one, one[:, :, None]) == difference(one, one * float("nan")) == float("inf")
