@@ -110,7 +110,8 @@ def run(options: argparse.Namespace, console: Console) -> Row:
             results[f"{part} made on"] = {"host": dataclasses.asdict(host()), "versions": made_by(), "quick": options.quick}
             for row in rows:
                 results[part].append(row)
-                console.print(row, highlight=False)
+                shown = {key: speed(value) if key in RUNTIME_NAMES else value for key, value in row.items()}
+                console.print(", ".join(f"{key} {value}" for key, value in shown.items()), highlight=False)
                 file.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
