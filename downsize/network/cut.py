@@ -2,6 +2,7 @@
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false
 # pyright: reportIndexIssue=false, reportOptionalMemberAccess=false, reportOptionalIterable=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 # (torch.fx types every argument as a union of everything)
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from torch import Tensor, fx
 
 from ..errors import CutError
 from .atoms import Ids
-from .lineage import Lineage, output_shapes
+from .lineage import Lineage
 from .lineage_rules import operator_name
 from .memory import is_written
 from .network import Network
 from .parts import assign
+from .positions import output_shapes
 from .rewrite import argument, aten
 
 
@@ -252,12 +254,13 @@ def _pad(survivors: Survivors, node: fx.Node, twin: fx.Node) -> None:
     twin.update_arg(1, amounts)
 
 
+_CONVOLUTIONS = [f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)]
 REWRITES: dict[str, Rewrite] = {
-    **dict.fromkeys("view reshape _unsafe_view expand broadcast_to".split(), _sizes(1)), "unflatten": _unflatten,
-    **dict.fromkeys("split split_with_sizes chunk unsafe_split unsafe_chunk".split(), _split),
-    **dict.fromkeys("zeros ones full empty rand randn".split(), _sizes(0)),
-    **dict.fromkeys("new_zeros new_ones new_full new_empty".split(), _sizes(1)),
-    "slice": _slice, "select": _select, **dict.fromkeys([f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)], _convolution), "group_norm": _group_norm,
-    "channel_shuffle": _channel_shuffle, **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm), "scaled_dot_product_attention": _attention,
-    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
+    **dict.fromkeys(["view", "reshape", "_unsafe_view", "expand", "broadcast_to"], _sizes(1)), "unflatten": _unflatten,
+    **dict.fromkeys(["split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk"], _split),
+    **dict.fromkeys(["zeros", "ones", "full", "empty", "rand", "randn"], _sizes(0)),
+    **dict.fromkeys(["new_zeros", "new_ones", "new_full", "new_empty"], _sizes(1)),
+    "slice": _slice, "select": _select, **dict.fromkeys(_CONVOLUTIONS, _convolution), "group_norm": _group_norm,
+    "channel_shuffle": _channel_shuffle, **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
+    "scaled_dot_product_attention": _attention, **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
 }  # fmt: skip

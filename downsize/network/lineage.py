@@ -7,35 +7,19 @@ An operator without a rule freezes what it touches: it costs coverage, never cor
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .atoms import NEVER, Atoms, Ids
+from .atoms import NEVER, Ids
+from .lineage_rules import apply_rule
 from .network import Network
-from .statistics import walk
+from .positions import Positions, Read
 
-Dims = tuple[Ids, ...]
-
-
-@dataclass(frozen=True)
-class Read:
-    """An operator that reads what lives in a dimension of ``source`` and gives something else: a product, a sum, a statistic.
-
-    ``statistic``: dead positions cannot simply be read as zeros, because the operator counts them (a mean, a layer norm).
-    """
-
-    node: fx.Node
-    source: fx.Node
-    dim: int
-    statistic: bool
+Key = tuple[str, int]  # a constant tensor and one of its dimensions
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,63 +47,20 @@ class Axis:
         return len(self.atoms)
 
 
-class Lineage:
-    """The ids of every tensor dimension of a network: ``dims[node]`` ([dimension] of vectors, or a list of them), and who reads what.
-
-    Raises nothing on unknown operators: they are listed in :attr:`frozen_by`, with how often each froze something.
-    """
+class Lineage(Positions):
+    """The ids of every tensor dimension of a network, and the axes along which it can be cut."""
 
     def __init__(self, network: Network) -> None:
-        from .lineage_rules import apply_rule
-
-        self.network = network
-        self.atoms = Atoms()
-        self.shapes = output_shapes(network)
-        self.dims: dict[fx.Node, Any] = {}
-        self.reads: list[Read] = []
-        self.frozen_by: dict[str, int] = {}
-        self._kinds: list[tuple[Ids, str]] = []
-        self.constants: dict[int, tuple[str, Dims]] = {}
+        super().__init__(network)
         for node in network.graph.nodes:
             if node.op == "placeholder":
                 self.dims[node] = tuple(np.zeros(size, np.int64) for size in self.shapes[node])
             elif node.op == "get_attr":
-                self.dims[node] = self._constant(str(node.target))
+                self.dims[node] = self.constant(str(node.target))
             elif node.op == "call_function" and node in self.shapes:
                 self.dims[node] = apply_rule(self, node)
             elif node.op == "output":
                 self.freeze(*node.all_input_nodes)
-
-    def _constant(self, name: str) -> Dims:
-        tensor = self.network.tensor(name)
-        if id(tensor) not in self.constants:
-            dims = tuple(self.atoms.fresh(size, name) for size in tensor.shape)
-            self.constants[id(tensor)] = name, dims
-        return self.constants[id(tensor)][1]
-
-    # What rules say ---------------------------------------------------------------------------------------------------------------
-
-    def fresh(self, count: int, node: fx.Node) -> Ids:
-        """New free positions that ``node`` makes."""
-        return self.atoms.fresh(count, node.meta.get("module") or node.name)
-
-    def freeze(self, *nodes: fx.Node) -> None:
-        """No position of these values may go."""
-        for node in nodes:
-            for vector in vectors(self.dims.get(node, ())):
-                self.atoms.freeze(vector)
-
-    def read(self, node: fx.Node, source: fx.Node, dim: int, statistic: bool = False) -> None:
-        """``node`` reads dimension ``dim`` of ``source`` and does not pass it on as it is."""
-        vector = self.dims[source][dim]
-        if vector.any():
-            self.reads.append(Read(node, source, dim % len(self.dims[source]), statistic))
-
-    def name_kind(self, vector: Ids, kind: str) -> None:
-        """What the units of a vector are called."""
-        self._kinds.append((vector, kind))
-
-    # What is found ------------------------------------------------------------------------------------------------------------------
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
@@ -164,45 +105,7 @@ class Lineage:
         return found
 
 
-def vectors(dims: Any) -> Iterator[Ids]:
-    """All id vectors of a value: of a tensor, or of a tuple of tensors."""
-    if isinstance(dims, np.ndarray):
-        yield dims
-    else:
-        for part in dims:
-            yield from vectors(part)
-
-
-def output_shapes(network: Network) -> dict[fx.Node, Any]:
-    """The shape of every node's value at the example's sizes, computed without data; a list of shapes for operators with several outputs."""
-    found: dict[fx.Node, Any] = {}
-
-    def shape(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return tuple(value.shape)
-        return [shape(item) for item in value] if isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value) else None
-
-    def recorder(node: fx.Node) -> Any:
-        def record(args: tuple[Any, ...], value: Any) -> None:
-            found[node] = shape(value)
-
-        return record
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        leaves = [torch.empty(port.example, dtype=port.dtype) for port in network.ports]
-        walk(network, leaves, {node: recorder(node) for node in network.graph.nodes})
-    return {node: value for node, value in found.items() if value is not None}
-
-
-def getitem(node: fx.Node) -> bool:
-    """Whether a node picks one of several outputs."""
-    return node.target is operator.getitem
-
-
 # Axes -------------------------------------------------------------------------------------------------------------------------------
-
-
-Key = tuple[str, int]  # a constant tensor and one of its dimensions
 
 
 def _axes(lineage: Lineage) -> Iterator[Axis]:
@@ -273,8 +176,3 @@ def axes(network: Network) -> tuple[Axis, ...]:
     and ``0.bias`` and dimension 1 of ``2.weight``.
     """
     return Lineage(network).axes
-
-
-def never(count: int) -> Ids:
-    """A vector of positions that cannot go."""
-    return np.full(count, NEVER, np.int64)

@@ -6,6 +6,7 @@ know; then, as for every operator that is not in the table, all that the node to
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false
 # pyright: reportIndexIssue=false, reportOptionalMemberAccess=false, reportOptionalIterable=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 # (torch.fx types every argument as a union of everything)
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import numpy as np
 import torch
 from torch import fx
 
-from .lineage import Dims, Lineage, getitem, never
+from .lineage_sizes import SIZES
 from .lineage_views import VIEWS, NoRule, same
+from .positions import Dims, Positions, Read, getitem, never
 from .rewrite import argument
 
-Rule = Callable[[Lineage, fx.Node], Any]
+Rule = Callable[[Positions, fx.Node], Any]
 
 
-def apply_rule(lineage: Lineage, node: fx.Node) -> Any:
+def apply_rule(lineage: Positions, node: fx.Node) -> Any:
     """The id vectors of a node's value, by its rule; a node without one, or of a form its rule does not know, freezes what it touches."""
     if getitem(node):
         return lineage.dims[node.args[0]][node.args[1]]
@@ -64,12 +66,12 @@ def _never(shape: Any) -> Any:
 # Pointwise --------------------------------------------------------------------------------------------------------------------------
 
 
-def pointwise(lineage: Lineage, node: fx.Node) -> Dims:
+def pointwise(lineage: Positions, node: fx.Node) -> Dims:
     """Operands are broadcast against each other; positions that meet live and die together."""
     return broadcast(lineage, [lineage.dims[source] for source in node.all_input_nodes if source in lineage.dims], lineage.shapes[node])
 
 
-def broadcast(lineage: Lineage, operands: Sequence[Dims], shape: Sequence[int]) -> Dims:
+def broadcast(lineage: Positions, operands: Sequence[Dims], shape: Sequence[int]) -> Dims:
     """The vectors of a value of ``shape`` to which the operands are broadcast, aligned at the last dimension."""
     made = []
     for back in range(len(shape), 0, -1):
@@ -84,7 +86,7 @@ def broadcast(lineage: Lineage, operands: Sequence[Dims], shape: Sequence[int]) 
     return tuple(made)
 
 
-def _fake_quantize(lineage: Lineage, node: fx.Node) -> Dims:
+def _fake_quantize(lineage: Positions, node: fx.Node) -> Dims:
     dims = lineage.dims[node.args[0]]
     if node.args[3] is not None:
         for part in node.args[1:3]:
@@ -92,16 +94,17 @@ def _fake_quantize(lineage: Lineage, node: fx.Node) -> Dims:
     return dims
 
 
-def _prelu(lineage: Lineage, node: fx.Node) -> Dims:
+def _prelu(lineage: Positions, node: fx.Node) -> Dims:
     dims, slope = same(lineage, node), lineage.dims[node.args[1]][0] if lineage.dims[node.args[1]] else never(1)
     if len(slope) > 1:
         lineage.atoms.unify(dims[1], slope)
     return dims
 
+
 # Products ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _linear(lineage: Lineage, node: fx.Node) -> Dims:
+def _linear(lineage: Positions, node: fx.Node) -> Dims:
     x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
     rows, columns = _known(lineage.dims[weight], 2)
     lineage.atoms.unify(lineage.dims[x][-1], columns)
@@ -117,7 +120,7 @@ def _known(dims: Dims, count: int) -> Dims:
     return dims
 
 
-def _convolution(lineage: Lineage, node: fx.Node) -> Dims:
+def _convolution(lineage: Positions, node: fx.Node) -> Dims:
     x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
     rows, columns, *kernel = lineage.dims[weight]
     batch, channels, *spatial = _known(lineage.dims[x], 2 + len(kernel))
@@ -138,7 +141,7 @@ def _convolution(lineage: Lineage, node: fx.Node) -> Dims:
     return (batch, rows, *map(never, lineage.shapes[node][2:]))
 
 
-def _transposed(lineage: Lineage, node: fx.Node) -> Dims:
+def _transposed(lineage: Positions, node: fx.Node) -> Dims:
     x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
     columns, rows, *kernel = lineage.dims[weight]
     batch, channels, *spatial = _known(lineage.dims[x], 2 + len(kernel))
@@ -155,7 +158,7 @@ def _transposed(lineage: Lineage, node: fx.Node) -> Dims:
     return (batch, rows, *map(never, lineage.shapes[node][2:]))
 
 
-def _matmul(lineage: Lineage, node: fx.Node, first: int = 0) -> Dims:
+def _matmul(lineage: Positions, node: fx.Node, first: int = 0) -> Dims:
     left, right = node.args[first : first + 2]
     one, two = lineage.dims[left], lineage.dims[right]
     contracted = two[-1] if len(two) == 1 else two[-2]
@@ -176,12 +179,12 @@ def _constant(node: fx.Node) -> bool:
     return node.op == "get_attr" or (bool(node.all_input_nodes) and all(map(_constant, node.all_input_nodes)))
 
 
-def _added_product(lineage: Lineage, node: fx.Node) -> Dims:
+def _added_product(lineage: Positions, node: fx.Node) -> Dims:
     product = _matmul(lineage, node, first=1)
     return broadcast(lineage, [product, lineage.dims[node.args[0]]], lineage.shapes[node])
 
 
-def _einsum(lineage: Lineage, node: fx.Node) -> Dims:
+def _einsum(lineage: Positions, node: fx.Node) -> Dims:
     equation, operands = node.args[0].replace(" ", ""), node.args[1]
     if "." in equation or "->" not in equation:
         raise NoRule
@@ -201,7 +204,7 @@ def _einsum(lineage: Lineage, node: fx.Node) -> Dims:
     return tuple(lineage.dims[meaning[letter][0]][meaning[letter][1]] for letter in result)
 
 
-def _attention(lineage: Lineage, node: fx.Node) -> Dims:
+def _attention(lineage: Positions, node: fx.Node) -> Dims:
     query, key, value = (lineage.dims[part] for part in node.args[:3])
     mask, atoms = argument(node, 3, "attn_mask"), lineage.atoms
     batch = list(query[:-2])
@@ -226,7 +229,7 @@ def _attention(lineage: Lineage, node: fx.Node) -> Dims:
 def _recurrent(gates: int) -> Rule:
     """Layers of one hidden width; ``gates`` rows of each matrix belong to a hidden unit (lstm 4, gru 3)."""
 
-    def rule(lineage: Lineage, node: fx.Node) -> Any:
+    def rule(lineage: Positions, node: fx.Node) -> Any:
         x, hidden, parameters, biased, layers, _, _, both = node.args[:8]
         states = hidden if isinstance(hidden, (list, tuple)) else [hidden]
         count, directions, atoms = (4 if biased else 2), (2 if both else 1), lineage.atoms
@@ -257,16 +260,14 @@ def _recurrent(gates: int) -> Rule:
     return rule
 
 
-def _weight_read(node: fx.Node, weight: fx.Node) -> Any:
-    from .lineage import Read
-
+def _weight_read(node: fx.Node, weight: fx.Node) -> Read:
     return Read(node, weight, 1, False)
 
 
 # Normalisation and reduction ---------------------------------------------------------------------------------------------------------
 
 
-def _batch_norm(lineage: Lineage, node: fx.Node) -> Dims:
+def _batch_norm(lineage: Positions, node: fx.Node) -> Dims:
     dims = lineage.dims[node.args[0]]
     for part in node.args[1:5]:
         if part is not None:
@@ -274,7 +275,7 @@ def _batch_norm(lineage: Lineage, node: fx.Node) -> Dims:
     return dims
 
 
-def _layer_norm(lineage: Lineage, node: fx.Node) -> Dims:
+def _layer_norm(lineage: Positions, node: fx.Node) -> Dims:
     dims, count = lineage.dims[node.args[0]], len(node.args[1])
     for dim in range(-count, 0):
         lineage.read(node, node.args[0], dim, statistic=True)
@@ -284,9 +285,9 @@ def _layer_norm(lineage: Lineage, node: fx.Node) -> Dims:
     return dims
 
 
-def _group_norm(lineage: Lineage, node: fx.Node) -> Dims:
+def _group_norm(lineage: Positions, node: fx.Node) -> Dims:
     dims, groups = lineage.dims[node.args[0]], int(node.args[1])
-    group, member = lineage.atoms.factor(dims[1], groups, len(dims[1]) // groups)
+    _, member = lineage.atoms.factor(dims[1], groups, len(dims[1]) // groups)
     for part in (argument(node, 2, "weight"), argument(node, 3, "bias")):
         if part is not None:
             lineage.atoms.unify(dims[1], lineage.dims[part][0])
@@ -305,7 +306,7 @@ def reduced(node: fx.Node, rank: int) -> tuple[list[int], bool]:
 
 
 def _reduction(statistic: bool) -> Rule:
-    def rule(lineage: Lineage, node: fx.Node) -> Dims:
+    def rule(lineage: Positions, node: fx.Node) -> Dims:
         dims = lineage.dims[node.args[0]]
         which, keep = reduced(node, len(dims))
         for dim in which:
@@ -315,7 +316,7 @@ def _reduction(statistic: bool) -> Rule:
     return rule
 
 
-def _vector_norm(lineage: Lineage, node: fx.Node) -> Dims:
+def _vector_norm(lineage: Positions, node: fx.Node) -> Dims:
     """A 2-norm reads dead positions as zeros, as a sum does."""
     if argument(node, 1, "ord", 2) != 2:
         raise NoRule
@@ -330,7 +331,7 @@ def _left(dims: Dims, which: list[int], keep: bool) -> Dims:
     return tuple(never(1) if dim in which else vector for dim, vector in enumerate(dims) if keep or dim not in which)
 
 
-def _frozen_reduction(lineage: Lineage, node: fx.Node) -> Any:
+def _frozen_reduction(lineage: Positions, node: fx.Node) -> Any:
     """A maximum and its like: what a dead position would have given cannot be told."""
     dims = lineage.dims[node.args[0]]
     which, keep = reduced(node, len(dims))
@@ -340,7 +341,7 @@ def _frozen_reduction(lineage: Lineage, node: fx.Node) -> Any:
     return [left] * len(shape) if isinstance(shape, list) else left
 
 
-def _along(lineage: Lineage, node: fx.Node) -> Any:
+def _along(lineage: Positions, node: fx.Node) -> Any:
     """Operators that work along one dimension, which stays whole: softmax, cumulative sums, sorting."""
     dims = lineage.dims[node.args[0]]
     which = argument(node, 1, "dim", -1)
@@ -350,6 +351,8 @@ def _along(lineage: Lineage, node: fx.Node) -> Any:
     return [dims] * len(shape) if isinstance(shape, list) else dims
 
 
+_FROZEN = ("amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "prod", "logsumexp", "var", "std", "median")
+_ALONG = ("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "cumsum", "cumprod", "sort", "argsort", "logcumsumexp")
 PRODUCTS: dict[str, Rule] = {
     "linear": _linear, "matmul": _matmul, "bmm": _matmul, "mm": _matmul, "mv": _matmul, "dot": _matmul, "linalg_matmul": _matmul,
     "addmm": _added_product, "addmv": _added_product, "baddbmm": _added_product, "einsum": _einsum,
@@ -361,10 +364,10 @@ PRODUCTS: dict[str, Rule] = {
 STATISTICS: dict[str, Rule] = {
     "batch_norm": _batch_norm, "layer_norm": _layer_norm, "rms_norm": _layer_norm, "group_norm": _group_norm,
     "mean": _reduction(True), "sum": _reduction(False), "linalg_vector_norm": _vector_norm,
-    **dict.fromkeys("amax amin max min argmax argmin any all prod logsumexp var std median".split(), _frozen_reduction),
-    **dict.fromkeys("softmax log_softmax _softmax _log_softmax softmin cumsum cumprod sort argsort logcumsumexp roll_dim".split(), _along),
+    **dict.fromkeys(_FROZEN, _frozen_reduction), **dict.fromkeys(_ALONG, _along),
 }  # fmt: skip
 NOT_POINTWISE = ("glu", "prelu")  # although tagged so
-POINTWISE = dict.fromkeys("hardswish dropout feature_dropout alpha_dropout masked_fill where __and__ __or__ clamp fill elu".split(), pointwise)
-RULES: dict[str, Rule] = {**VIEWS, **POINTWISE, **PRODUCTS, **STATISTICS, "fake_quantize": _fake_quantize, "prelu": _prelu}
-
+POINTWISE = dict.fromkeys(
+    ["hardswish", "dropout", "feature_dropout", "alpha_dropout", "masked_fill", "where", "__and__", "__or__", "clamp", "fill", "elu"], pointwise
+)
+RULES: dict[str, Rule] = {**VIEWS, **SIZES, **POINTWISE, **PRODUCTS, **STATISTICS, "fake_quantize": _fake_quantize, "prelu": _prelu}

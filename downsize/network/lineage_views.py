@@ -17,17 +17,17 @@ import numpy as np
 from torch import fx
 
 from .atoms import Ids
-from .lineage import Dims, Lineage, never
+from .positions import Dims, Positions, never
 from .rewrite import argument
 
-Rule = Callable[[Lineage, fx.Node], Any]
+Rule = Callable[[Positions, fx.Node], Any]
 
 
 class NoRule(Exception):
     """A form of an operator that its rule does not know."""
 
 
-def same(lineage: Lineage, node: fx.Node) -> Dims:
+def same(lineage: Positions, node: fx.Node) -> Dims:
     """The positions of the first operand, as they are."""
     return lineage.dims[node.args[0]]
 
@@ -35,7 +35,7 @@ def same(lineage: Lineage, node: fx.Node) -> Dims:
 # Views ------------------------------------------------------------------------------------------------------------------------------
 
 
-def _view(lineage: Lineage, node: fx.Node) -> Dims:
+def _view(lineage: Positions, node: fx.Node) -> Dims:
     made = regroup(lineage, lineage.dims[node.args[0]], lineage.shapes[node])
     sizes = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) else ()
     named = [dim for dim, size in enumerate(sizes) if isinstance(size, fx.Node) and made[dim].any()]
@@ -46,14 +46,14 @@ def _view(lineage: Lineage, node: fx.Node) -> Dims:
     return made
 
 
-def _view_like(lineage: Lineage, node: fx.Node) -> Dims:
+def _view_like(lineage: Positions, node: fx.Node) -> Dims:
     made = regroup(lineage, lineage.dims[node.args[0]], lineage.shapes[node])
     for vector, other in zip(made, lineage.dims[node.args[1]], strict=True):
         lineage.atoms.unify(vector, other)
     return made
 
 
-def regroup(lineage: Lineage, dims: Dims, shape: Sequence[int]) -> Dims:
+def regroup(lineage: Positions, dims: Dims, shape: Sequence[int]) -> Dims:
     """The vectors of a value that is viewed as another shape: the least groups of dimensions with equal products are merged and split."""
     made: list[Ids] = []
     old, new = list(dims), list(shape)
@@ -73,7 +73,7 @@ def regroup(lineage: Lineage, dims: Dims, shape: Sequence[int]) -> Dims:
     return tuple(made)
 
 
-def _regrouped(lineage: Lineage, group: Sequence[Ids], sizes: Sequence[int]) -> list[Ids]:
+def _regrouped(lineage: Positions, group: Sequence[Ids], sizes: Sequence[int]) -> list[Ids]:
     """Split along the boundaries of old and new dimensions both, then merge; where those do not nest, merge all and split."""
     bounds = sorted({1, *itertools.accumulate(map(len, group), operator.mul), *itertools.accumulate(sizes, operator.mul)})
     if any(high % low for low, high in itertools.pairwise(bounds)):
@@ -93,7 +93,7 @@ def _pieces(bounds: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
     return made
 
 
-def _merged(lineage: Lineage, group: Sequence[Ids]) -> Ids:
+def _merged(lineage: Positions, group: Sequence[Ids]) -> Ids:
     flat = None
     for vector in group:
         if len(vector) != 1:
@@ -101,7 +101,7 @@ def _merged(lineage: Lineage, group: Sequence[Ids]) -> Ids:
     return never(1) if flat is None else flat
 
 
-def _split(lineage: Lineage, flat: Ids, sizes: Sequence[int]) -> list[Ids]:
+def _split(lineage: Positions, flat: Ids, sizes: Sequence[int]) -> list[Ids]:
     real = [size for size in sizes if size != 1]
     parts: list[Ids] = []
     while real:
@@ -116,7 +116,7 @@ def _split(lineage: Lineage, flat: Ids, sizes: Sequence[int]) -> list[Ids]:
 
 
 def _permuted(order: Callable[[fx.Node, int], Sequence[int]]) -> Rule:
-    def rule(lineage: Lineage, node: fx.Node) -> Dims:
+    def rule(lineage: Positions, node: fx.Node) -> Dims:
         dims = lineage.dims[node.args[0]]
         return tuple(dims[dim] for dim in order(node, len(dims)))
 
@@ -149,7 +149,7 @@ def dimension(node: fx.Node, position: int, rank: int, default: int = 0) -> int:
     return int(argument(node, position, "dim", default)) % rank
 
 
-def _cat(lineage: Lineage, node: fx.Node) -> Dims:
+def _cat(lineage: Positions, node: fx.Node) -> Dims:
     parts = [lineage.dims[part] for part in node.args[0] if lineage.shapes[part] != (0,)]
     rank = len(parts[0])
     dim = dimension(node, 1, rank)
@@ -161,7 +161,7 @@ def _cat(lineage: Lineage, node: fx.Node) -> Dims:
     return (*parts[0][:dim], joined, *parts[0][dim + 1 :])
 
 
-def _stack(lineage: Lineage, node: fx.Node) -> Dims:
+def _stack(lineage: Positions, node: fx.Node) -> Dims:
     parts = [lineage.dims[part] for part in node.args[0]]
     for part in parts[1:]:
         for one, other in zip(parts[0], part, strict=True):
@@ -170,7 +170,7 @@ def _stack(lineage: Lineage, node: fx.Node) -> Dims:
     return (*parts[0][:dim], never(len(parts)), *parts[0][dim:])
 
 
-def _parts(lineage: Lineage, node: fx.Node) -> list[Dims]:
+def _parts(lineage: Positions, node: fx.Node) -> list[Dims]:
     """split, chunk: consecutive stretches of one dimension, their lengths as they came out."""
     dims = lineage.dims[node.args[0]]
     dim = dimension(node, 2, len(dims))
@@ -182,20 +182,20 @@ def _parts(lineage: Lineage, node: fx.Node) -> list[Dims]:
     return made
 
 
-def _held(lineage: Lineage, vector: Ids) -> Ids:
+def _held(lineage: Positions, vector: Ids) -> Ids:
     """A stretch of one position stays: a dimension cannot lose its last."""
     lineage.atoms.freeze(vector)
     return vector
 
 
-def _unbind(lineage: Lineage, node: fx.Node) -> list[Dims]:
+def _unbind(lineage: Positions, node: fx.Node) -> list[Dims]:
     dims = lineage.dims[node.args[0]]
     dim = dimension(node, 1, len(dims))
     lineage.atoms.freeze(dims[dim])
     return [(*dims[:dim], *dims[dim + 1 :])] * len(lineage.shapes[node])
 
 
-def _slice(lineage: Lineage, node: fx.Node) -> Dims:
+def _slice(lineage: Positions, node: fx.Node) -> Dims:
     dims = lineage.dims[node.args[0]]
     dim = dimension(node, 1, len(dims))
     start, end, step = (argument(node, i, name, default) for i, name, default in ((2, "start", 0), (3, "end", None), (4, "step", 1)))
@@ -206,7 +206,7 @@ def _slice(lineage: Lineage, node: fx.Node) -> Dims:
     return (*dims[:dim], vector if len(vector) > 1 else _held(lineage, vector), *dims[dim + 1 :])
 
 
-def _narrow(lineage: Lineage, node: fx.Node) -> Dims:
+def _narrow(lineage: Positions, node: fx.Node) -> Dims:
     dims = lineage.dims[node.args[0]]
     dim, start, length = dimension(node, 1, len(dims)), node.args[2], node.args[3]
     lineage.atoms.freeze(dims[dim])
@@ -215,7 +215,7 @@ def _narrow(lineage: Lineage, node: fx.Node) -> Dims:
     return (*dims[:dim], dims[dim][start:][:length], *dims[dim + 1 :])
 
 
-def _select(lineage: Lineage, node: fx.Node) -> Dims:
+def _select(lineage: Positions, node: fx.Node) -> Dims:
     """The position that is picked stays; the others of its dimension may go."""
     dims = lineage.dims[node.args[0]]
     dim, index = dimension(node, 1, len(dims)), node.args[2]
@@ -223,7 +223,7 @@ def _select(lineage: Lineage, node: fx.Node) -> Dims:
     return (*dims[:dim], *dims[dim + 1 :])
 
 
-def _looked_up(lineage: Lineage, node: fx.Node) -> Dims:
+def _looked_up(lineage: Positions, node: fx.Node) -> Dims:
     """x[..., indices, ...]: the dimensions that are indexed stay whole."""
     dims, indices = lineage.dims[node.args[0]], node.args[1]
     which = [dim for dim, index in enumerate(indices) if index is not None]
@@ -237,7 +237,7 @@ def _looked_up(lineage: Lineage, node: fx.Node) -> Dims:
     return (*rest[:place], *map(never, shape[place : place + rank]), *rest[place:])
 
 
-def _index_select(lineage: Lineage, node: fx.Node) -> Dims:
+def _index_select(lineage: Positions, node: fx.Node) -> Dims:
     dims = lineage.dims[node.args[0]]
     dim = dimension(node, 1, len(dims))
     lineage.atoms.freeze(dims[dim])
@@ -245,170 +245,37 @@ def _index_select(lineage: Lineage, node: fx.Node) -> Dims:
     return (*dims[:dim], never(lineage.shapes[node][dim]), *dims[dim + 1 :])
 
 
-def _embedding(lineage: Lineage, node: fx.Node) -> Dims:
+def _embedding(lineage: Positions, node: fx.Node) -> Dims:
     rows, columns = lineage.dims[node.args[0]]
     lineage.atoms.freeze(rows)
     return (*lineage.dims[node.args[1]], columns)
 
 
-def _flip(lineage: Lineage, node: fx.Node) -> Dims:
+def _flip(lineage: Positions, node: fx.Node) -> Dims:
     dims = lineage.dims[node.args[0]]
     which = {dim % len(dims) for dim in node.args[1]}
     return tuple(vector[::-1] if dim in which else vector for dim, vector in enumerate(dims))
 
 
-def _roll(lineage: Lineage, node: fx.Node) -> Dims:
+def _roll(lineage: Positions, node: fx.Node) -> Dims:
     dims = lineage.dims[node.args[0]]
     for dim in argument(node, 2, "dims", ()) or range(len(dims)):
         lineage.atoms.freeze(dims[dim])
     return dims
 
 
-# Repeating and making ---------------------------------------------------------------------------------------------------------------
-
-
-def _expand(lineage: Lineage, node: fx.Node) -> Dims:
-    dims, shape, sizes = lineage.dims[node.args[0]], lineage.shapes[node], node.args[1]
-    missing = len(shape) - len(dims)
-    made = []
-    for dim, size in enumerate(shape):
-        old = dims[dim - missing] if dim >= missing else None
-        if old is not None and len(old) == size:
-            if isinstance(sizes[dim], fx.Node):
-                lineage.atoms.freeze(old)
-            made.append(old)
-        else:
-            made.append(lineage.fresh(size, node) if isinstance(sizes[dim], int) else never(size))
-    return tuple(made)
-
-
-def _expand_like(lineage: Lineage, node: fx.Node) -> Dims:
-    dims, like = lineage.dims[node.args[0]], lineage.dims[node.args[1]]
-    for back, vector in enumerate(reversed(dims), 1):
-        if len(vector) == len(like[-back]):
-            lineage.atoms.unify(vector, like[-back])
-    return like
-
-
-def _repeat(lineage: Lineage, node: fx.Node) -> Dims:
-    dims, counts = lineage.dims[node.args[0]], node.args[1]
-    missing = len(counts) - len(dims)
-    made = []
-    for dim, count in enumerate(counts):
-        old = dims[dim - missing] if dim >= missing else never(1)
-        if not isinstance(count, int):
-            lineage.atoms.freeze(old)
-            old, count = never(1), lineage.shapes[node][dim]
-        made.append(np.tile(old, count))
-    return tuple(made)
-
-
-def _repeat_each(lineage: Lineage, node: fx.Node) -> Dims:
-    dims, count, dim = lineage.dims[node.args[0]], node.args[1], argument(node, 2, "dim")
-    if dim is None or not isinstance(count, int):
-        raise NoRule
-    dim %= len(dims)
-    return (*dims[:dim], np.repeat(dims[dim], count), *dims[dim + 1 :])
-
-
-def _pad(lineage: Lineage, node: fx.Node) -> Dims:
-    """New positions are cut by another amount; only a constant can be put there without reading the others."""
-    dims, amounts = list(lineage.dims[node.args[0]]), node.args[1]
-    for back in range(len(amounts) // 2):
-        dim, pair = len(dims) - 1 - back, amounts[2 * back : 2 * back + 2]
-        if tuple(pair) == (0, 0):
-            continue
-        plain = argument(node, 2, "mode", "constant") == "constant" or not isinstance(argument(node, 2, "mode"), str)
-        if plain and all(isinstance(amount, int) and amount >= 0 for amount in pair):
-            before, behind = (lineage.fresh(amount, node) for amount in pair)
-            dims[dim] = np.concatenate([before, dims[dim], behind])
-        else:
-            lineage.atoms.freeze(dims[dim])
-            dims[dim] = never(lineage.shapes[node][dim])
-    return tuple(dims)
-
-
-def _made(lineage: Lineage, node: fx.Node) -> Dims:
-    """A tensor of one value: as many positions as are wanted."""
-    sizes = next(part for part in node.args if isinstance(part, (list, tuple)))
-    return tuple(
-        lineage.fresh(size, node) if isinstance(size, int) else never(real)
-        for size, real in zip(sizes, lineage.shapes[node], strict=True)
-    )
-
-
-def _fixed(lineage: Lineage, node: fx.Node) -> Any:
-    """Values that depend on where they stand."""
-    return tuple(map(never, lineage.shapes[node]))
-
-
-# Space ------------------------------------------------------------------------------------------------------------------------------
-
-
-def _spatial(count: int) -> Rule:
-    """Pooling and resizing: the last ``count`` dimensions are mixed, the others pass."""
-
-    def rule(lineage: Lineage, node: fx.Node) -> Any:
-        dims, shape = lineage.dims[node.args[0]], lineage.shapes[node]
-        for vector in dims[-count:]:
-            lineage.atoms.freeze(vector)
-        shapes = shape if isinstance(shape, list) else [shape]
-        made = [(*dims[:-count], *map(never, one[-count:])) for one in shapes]
-        return made if isinstance(shape, list) else made[0]
-
-    return rule
-
-
-def _pixel_shuffle(lineage: Lineage, node: fx.Node) -> Dims:
-    *front, channels, height, width = lineage.dims[node.args[0]]
-    outer, inner = lineage.atoms.factor(channels, len(channels) // node.args[1] ** 2, node.args[1] ** 2)
-    for vector in (inner, height, width):
-        lineage.atoms.freeze(vector)
-    return (*front, outer, *map(never, lineage.shapes[node][-2:]))
-
-
-def _pixel_unshuffle(lineage: Lineage, node: fx.Node) -> Dims:
-    *front, channels, height, width = lineage.dims[node.args[0]]
-    for vector in (height, width):
-        lineage.atoms.freeze(vector)
-    return (*front, np.repeat(channels, node.args[1] ** 2), *map(never, lineage.shapes[node][-2:]))
-
-
-def _channel_shuffle(lineage: Lineage, node: fx.Node) -> Dims:
-    batch, channels, *rest = lineage.dims[node.args[0]]
-    outer, inner = lineage.atoms.factor(channels, node.args[1], len(channels) // node.args[1])
-    return (batch, lineage.atoms.product(inner, outer), *rest)
-
-
-def _glu(lineage: Lineage, node: fx.Node) -> Dims:
-    dims = lineage.dims[node.args[0]]
-    dim = dimension(node, 1, len(dims), -1)
-    half = len(dims[dim]) // 2
-    lineage.atoms.unify(dims[dim][:half], dims[dim][half:])
-    return (*dims[:dim], dims[dim][:half], *dims[dim + 1 :])
-
-
-_POOLS = "max_pool avg_pool adaptive_avg_pool adaptive_max_pool"
-_RESIZED = "upsample_nearest upsample_linear upsample_bilinear upsample_trilinear upsample_bicubic _upsample_nearest_exact"
 VIEWS: dict[str, Rule] = {
-    **dict.fromkeys("view reshape flatten unflatten _unsafe_view squeeze unsqueeze ravel".split(), _view),
+    **dict.fromkeys(["view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", "ravel"], _view),
     **dict.fromkeys(("view_as", "reshape_as"), _view_like),
-    **dict.fromkeys("clone contiguous _to_copy to detach alias lift_fresh_copy".split(), same),
-    **dict.fromkeys("zeros_like ones_like full_like empty_like rand_like randn_like".split(), same),
+    **dict.fromkeys(["clone", "contiguous", "_to_copy", "to", "detach", "alias", "lift_fresh_copy"], same),
+    **dict.fromkeys(["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"], same),
     "permute": _permuted(lambda node, rank: [dim % rank for dim in node.args[1]]),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _permuted(_swapped)),
     **dict.fromkeys(("mT", "t", "adjoint"), _permuted(_last_two)),
     "numpy_T": _permuted(lambda node, rank: range(rank - 1, -1, -1)),
     **dict.fromkeys(("movedim", "moveaxis"), _permuted(_moved)),
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat), "stack": _stack,
-    **dict.fromkeys("split split_with_sizes chunk unsafe_split unsafe_chunk".split(), _parts), "unbind": _unbind,
+    **dict.fromkeys(["split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk"], _parts), "unbind": _unbind,
     "slice": _slice, "narrow": _narrow, "select": _select, "index": _looked_up, "index_select": _index_select, "embedding": _embedding,
     "flip": _flip, "roll": _roll,
-    **dict.fromkeys(("expand", "broadcast_to"), _expand), "expand_as": _expand_like, "repeat": _repeat, "repeat_interleave": _repeat_each,
-    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
-    **dict.fromkeys("zeros ones full empty new_zeros new_ones new_full new_empty rand randn".split(), _made),
-    **dict.fromkeys("arange eye scalar_tensor linspace".split(), _fixed),
-    **{f"{name}{count}d": _spatial(count) for name in (_POOLS + " " + _RESIZED).split() for count in (1, 2, 3)},
-    "max_pool2d_with_indices": _spatial(2), "_adaptive_avg_pool2d": _spatial(2),
-    "pixel_shuffle": _pixel_shuffle, "pixel_unshuffle": _pixel_unshuffle, "channel_shuffle": _channel_shuffle, "glu": _glu,
 }  # fmt: skip

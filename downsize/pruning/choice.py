@@ -42,11 +42,8 @@ def choose(ladders: Sequence[Ladder], amount: Amount, scope: str) -> dict[str, l
     best: dict[str, list[int]] | None = None
     for _ in range(ROUNDS):
         limits = [Limit(amount.name, most, terms)]
-        if scope == "layer":
-            levels = uniform(choices, limits, [ladder.widths for ladder in ladders]).levels
-        else:
-            levels = allocate(choices, limits).levels
-        dead = {ladder.site.axis.name: ladder.dead(level) for ladder, level in zip(ladders, levels, strict=True) if level}
+        found = uniform(choices, limits, [ladder.widths for ladder in ladders]) if scope == "layer" else allocate(choices, limits)
+        dead = {ladder.site.axis.name: ladder.dead(level) for ladder, level in zip(ladders, found.levels, strict=True) if level}
         real = amount.real(dead)
         if real <= amount.most:
             best = dead

@@ -5,7 +5,7 @@ unit of an axis has as many positions, the size is a polynomial in the relative 
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false
-# pyright: reportIndexIssue=false, reportOptionalMemberAccess=false, reportOptionalIterable=false
+# pyright: reportIndexIssue=false, reportOptionalMemberAccess=false, reportOptionalIterable=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -172,5 +172,3 @@ SIZES: dict[str, Sizes] = {
 def macs_of(network: Any) -> float:
     """The multiply-accumulates of a network at the example's sizes, by shapes alone."""
     return evaluate(Costs(Lineage(network), ()).macs, ())
-
-

@@ -1,6 +1,6 @@
 """What each width of each axis costs in error: which units go first, and how far the network's outputs then are from the original's."""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -104,9 +104,7 @@ def repair_reader(network: Network, reader: Reader, gram: Tensor, gone: Tensor, 
     set_bias(network, node, new[:, :, -1].reshape(-1).to(old.dtype))
 
 
-def climb(
-    lineage: Lineage, site: Site, order: Tensor, widths: Sequence[int], judge: Judge, repair: Callable[[Tensor], Network] | None
-) -> Ladder:
+def climb(lineage: Lineage, site: Site, order: Tensor, widths: Sequence[int], judge: Judge, repair: Callable[[Tensor], Network] | None) -> Ladder:
     """The ladder of a site: the network is judged at each width, until it has lost its skill.
 
     Args:

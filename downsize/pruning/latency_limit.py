@@ -29,7 +29,9 @@ def need_clock(clock: Clock | None) -> Clock:
         TaskError: there is none.
     """
     if clock is None:
-        raise TaskError("latency= needs latencies measured in a runtime: use downsize.fit or downsize.run, or give the task a clock (docs/pruning.md).")
+        raise TaskError(
+            "latency= needs latencies measured in a runtime: use downsize.fit or downsize.run, or give the task a clock (docs/pruning.md)."
+        )
     return clock
 
 
@@ -55,9 +57,7 @@ def latency_amount(lineage: Lineage, found: Sequence[Site], most: float, clock: 
     return Amount("latency", most, terms, lambda dead: predicted(clock, cut(lineage, dead), inputs))
 
 
-def _layer_terms(
-    costs: Costs, node: fx.Node, shape: LayerShape, macs: Polynomial, widths: Sequence[np.ndarray], clock: Clock
-) -> Sequence[Term]:
+def _layer_terms(costs: Costs, node: fx.Node, shape: LayerShape, macs: Polynomial, widths: Sequence[np.ndarray], clock: Clock) -> Sequence[Term]:
     """Measured over the widths of the axis it reads and of the one it makes; a layer of another form takes time as it takes MACs."""
     dims = costs.lineage.dims
     if node.target in MATRIX_LAYERS and node.args[1].op == "get_attr" and shape.operands[1].constant:

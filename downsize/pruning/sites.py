@@ -1,6 +1,6 @@
 """Where a network can be pruned: an axis, the layers that read it, and what that costs for any width."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportCallIssue=false
 
 from __future__ import annotations
 

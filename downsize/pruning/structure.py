@@ -1,11 +1,12 @@
 """From a network and an amount to the pruned network: order, ladder, allocation, cut, proof, repair."""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ from .choice import Amount, choose
 from .costs import Costs, evaluate
 from .grams import with_grams
 from .importance import scores
-from .latency_limit import latency_amount, whole_latency
 from .ladder import Ladder, climb, readings, repair_reader, surgeon_order, widths_of, without
+from .latency_limit import latency_amount, whole_latency
 from .refitting import refit_layers
 from .renormalise import reestimate_batch_norms
 from .sites import Reader, Site, sites
@@ -177,12 +178,12 @@ def climbed(lineage: Lineage, found: Sequence[Site], task: Task, settings: Setti
     for site, grams in with_grams(network, found, data.fit, data.port):
         reads = readings(site, network, grams)
         order = _order(site, reads, settings) if measured and reads else rank(site).argsort(stable=True)
-        widths = widths_of(site, settings.multiple)
         if uniform:
-            made.append(Ladder(site, order, _all_widths(site, settings), tuple(0.0 for _ in _all_widths(site, settings))))
+            every = _all_widths(site, settings)
+            made.append(Ladder(site, order, every, (0.0,) * len(every)))
             continue
-        repair = (lambda gone, site=site, grams=grams: without(network, site, grams, gone, settings.damping)) if site.whole and settings.refit else None
-        made.append(climb(lineage, site, order, widths, judge, repair))
+        repair = partial(without, network, site, grams, damping=settings.damping) if site.whole and settings.refit else None
+        made.append(climb(lineage, site, order, widths_of(site, settings.multiple), judge, repair))
     return made
 
 
@@ -226,7 +227,7 @@ def _prove(lineage: Lineage, dead: Mapping[str, list[int]], made: Network, data:
             gap = float((one - two)[finite].abs().max()) if finite.any() else 0.0
             scale = float(one[finite].abs().max()) if finite.any() else 1.0
             if gap > TOLERANCE * max(scale, 1e-30) or not torch.equal(one.isfinite(), two.isfinite()):
-                raise CutError(f"The cut network differs from the masked one by {gap:.3g} of {scale:.3g}: this is a fault of downsize, please report it.")
+                raise CutError(f"The cut network differs from the masked one by {gap:.3g} of {scale:.3g}, a fault of downsize: please report it.")
 
 
 def _random_inputs(network: Network) -> list[Tensor]:
