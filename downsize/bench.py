@@ -78,8 +78,15 @@ class Bench:
 
     def _apply(self, technique: Technique, spelled: str, stage: Stage) -> Stage:
         parts = [stage.key, spelled, f"data {self.data_key}"]
+        task = self.task
+        if getattr(technique, "latency", None) is not None:
+            from .measure.shapes import LatencyTable
+
+            # What is chosen by measured time holds for this machine and runtime.
+            task = replace(task, clock=LatencyTable(self.runtime.name, self.target.threads))
+            parts.append(f"timed in {label(self.runtime.name)} with {self.target.threads} threads on {host()}")
         with self.progress.doing(f"building {spelled}"):
-            return self.run.network(parts, lambda: technique(stage.network, self.task), needs=tensor_bytes(stage.network))
+            return self.run.network(parts, lambda: technique(stage.network, task), needs=tensor_bytes(stage.network))
 
     def export(self, stage: Stage) -> Path:
         """The file of a network in the target's runtime."""

@@ -20,7 +20,7 @@ LAYERS = (
     ("numerics/",),
     ("scores", "inputs", "task"),
     ("network/",),
-    ("quantization/",),
+    ("quantization/", "pruning/"),
     ("techniques/",),
     ("runtimes/",),
     ("measure/",),

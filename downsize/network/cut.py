@@ -32,12 +32,13 @@ class Survivors:
     Args:
         lineage: of the network.
         dead: axis name -> the numbers of its units that die.
+        allow_empty: let dimensions lose all their positions.
 
     Raises:
         CutError: no such axis or unit, or a dimension would lose its last position.
     """
 
-    def __init__(self, lineage: Lineage, dead: Mapping[str, Iterable[int]]) -> None:
+    def __init__(self, lineage: Lineage, dead: Mapping[str, Iterable[int]], allow_empty: bool = False) -> None:
         self.lineage = lineage
         atoms: list[int] = []
         for name, units in dead.items():
@@ -51,7 +52,8 @@ class Survivors:
             atoms += axis.atoms[chosen].tolist()
         self.dead = frozenset(atoms)
         self._living = lineage.atoms.living(self.dead)
-        self._refuse_empty()
+        if not allow_empty:
+            self._refuse_empty()
 
     def _refuse_empty(self) -> None:
         for name, dims in self.lineage.constants.values():

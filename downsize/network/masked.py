@@ -24,10 +24,10 @@ from .rewrite import add_constant, aten, insert_after
 def masked(network: Network | Lineage, dead: Mapping[str, Iterable[int]]) -> Network:
     """The network that ``cut(network, dead)`` must compute the same as, at full size.
 
-    Args and Raises: as of :func:`~downsize.network.cut.cut`.
+    Args and Raises: as of :func:`~downsize.network.cut.cut`; but an axis may lose all its units (see ``empty.py``).
     """
     lineage = network if isinstance(network, Lineage) else Lineage(network)
-    survivors = Survivors(lineage, dead)
+    survivors = Survivors(lineage, dead, allow_empty=True)
     made = lineage.network.fork()
     twins = dict(zip(lineage.network.graph.nodes, made.graph.nodes, strict=True))
     statistics = {read.node for read in lineage.reads if read.statistic}

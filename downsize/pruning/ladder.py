@@ -43,11 +43,12 @@ class Ladder:
         return self.order[: self.site.axis.units - self.widths[level]].tolist()
 
 
-def widths_of(site: Site, multiple: int, smallest: int = 1) -> tuple[int, ...]:
-    """The widths to try: shares of the axis, rounded to multiples of what kernels like where it has several of them."""
+def widths_of(site: Site, multiple: int) -> tuple[int, ...]:
+    """The widths to try: shares of the axis, rounded to multiples of what kernels like where it has several of them, and none at all where
+    the sub-layer around it can go."""
     units = site.axis.units
     grain = multiple if units >= 4 * multiple and site.axis.kind != "heads" else 1
-    rounded = {max(grain, smallest, round(units * share / grain) * grain) for share in SHARES}
+    rounded = {max(grain, round(units * share / grain) * grain) for share in SHARES} | ({0} if site.emptiable else set())
     return (units, *sorted((width for width in rounded if width < units), reverse=True))
 
 

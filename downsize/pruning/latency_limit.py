@@ -12,7 +12,7 @@ from torch import fx
 
 from ..errors import TaskError
 from ..network.columns import MATRIX_LAYERS, channel_axis
-from ..network.cut import cut
+from ..network.empty import shrunk
 from ..network.lineage import Lineage
 from ..network.network import Network
 from ..numerics.allocation import Term
@@ -54,7 +54,7 @@ def latency_amount(lineage: Lineage, found: Sequence[Site], most: float, clock: 
             made += _layer_terms(costs, nodes[name], shape, macs.get(name, {(): 1.0}), widths, clock)
         return tuple(made)
 
-    return Amount("latency", most, terms, lambda dead: predicted(clock, cut(lineage, dead), inputs))
+    return Amount("latency", most, terms, lambda dead: predicted(clock, shrunk(lineage, dead), inputs))
 
 
 def _layer_terms(costs: Costs, node: fx.Node, shape: LayerShape, macs: Polynomial, widths: Sequence[np.ndarray], clock: Clock) -> Sequence[Term]:

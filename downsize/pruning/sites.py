@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ..network.columns import MATRIX_LAYERS, groups_of
+from ..network.empty import can_empty
 from ..network.lineage import Axis, Lineage
 
 KINDS = ("channels", "heads", "neurons", "head_dims", "width")
@@ -29,11 +30,13 @@ class Reader:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """An axis with its readers. ``whole``: these readers are all there are, so that zero columns in them are what a cut computes."""
+    """An axis with its readers. ``whole``: these readers are all there are, so that zero columns in them are what a cut computes.
+    ``emptiable``: all its units may go."""
 
     axis: Axis
     readers: tuple[Reader, ...]
     whole: bool
+    emptiable: bool
 
 
 def sites(lineage: Lineage, what: Sequence[str] = ("channels", "heads", "neurons")) -> tuple[Site, ...]:
@@ -57,7 +60,8 @@ def _site(lineage: Lineage, axis: Axis, layers: Sequence[fx.Node], names: dict[i
     known = {reader.node for reader in readers}
     atoms = set(axis.atoms.tolist())
     whole = axis.exact and all(read.node.name in known for read in lineage.reads if _reads(lineage, read.source, read.dim, atoms))
-    return Site(axis, tuple(readers), whole and bool(readers))
+    whole = whole and bool(readers)
+    return Site(axis, tuple(readers), whole, whole and can_empty(lineage, axis))
 
 
 def _reads(lineage: Lineage, source: fx.Node, dim: int, atoms: set[int]) -> bool:

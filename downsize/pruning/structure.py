@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import CutError, TaskError
 from ..network.columns import MATRIX_LAYERS
-from ..network.cut import Survivors, cut
+from ..network.cut import Survivors
+from ..network.empty import shrunk
 from ..network.fold import fold_constants
 from ..network.judge import Judge
 from ..network.lineage import Lineage
@@ -154,7 +155,7 @@ def _step(original: Network, network: Network, task: Task, settings: Settings, d
         raise TaskError(f"Nothing of the kinds {', '.join(settings.what)} can be cut; axes there are of the kinds: {kinds}.")
     ladders = climbed(lineage, found, task, settings, data)
     dead = choose(ladders, amount_of(lineage, found, settings, task), settings.scope)
-    made = cut(lineage, dead)
+    made = shrunk(lineage, dead)
     _prove(lineage, dead, made, data)
     if data is not None:
         made = repaired(original, made, lineage, found, dead, settings, data)
@@ -247,8 +248,8 @@ def repaired(
     judge = Judge(original, data.held)
     loss = judge(made)
     if settings.refit:
-        survivors = Survivors(lineage, dead)
-        for start in (made, cut(lineage, dead, without_units(lineage.network, found, dead, data, settings.damping))):
+        survivors = Survivors(lineage, dead, allow_empty=True)
+        for start in (made, shrunk(lineage, dead, without_units(lineage.network, found, dead, data, settings.damping))):
             fitted = start.fork()
             refit_layers(original, fitted, data.fit, data.held, rows=kept_rows(fitted, lineage, survivors))
             for trial in (start, fitted):
@@ -315,7 +316,7 @@ def amount_of(lineage: Lineage, found: Sequence[Site], settings: Settings, task:
     polynomial = costs.macs if settings.amount == "macs" else costs.parameters
 
     def real(dead: dict[str, list[int]]) -> float:
-        smaller = Costs(Lineage(cut(lineage, dead)), ())
+        smaller = Costs(Lineage(shrunk(lineage, dead)), ())
         return evaluate(smaller.macs if settings.amount == "macs" else smaller.parameters, ())
 
     return Amount(settings.amount, settings.most, lambda widths: costs.terms(polynomial, widths), real)
