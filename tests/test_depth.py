@@ -32,7 +32,7 @@ def deep(count: int, scales: Any = None, width: int = 6) -> tuple[nn.Module, Net
     model = Net(forward, layers=nn.ModuleList(nn.Linear(width, width) for _ in range(count)), head=nn.Linear(width, 3))
     with torch.no_grad():
         for number, layer in enumerate(model.get_submodule("layers").children()):
-            layer.weight.mul_(2.0 if scales is None else scales[number])
+            layer.get_parameter("weight").mul_(2.0 if scales is None else scales[number])
     return model.eval(), capture(model.eval(), torch.randn(2, width))
 
 
