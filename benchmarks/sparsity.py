@@ -2,7 +2,7 @@
 
     python benchmarks/sparsity.py                                    # everything, about 20 minutes of a CPU
     python benchmarks/sparsity.py --only accuracy                    # or files
-    python benchmarks/sparsity.py --quick                            # short timings, fewer levels: only to see that it works
+    python benchmarks/sparsity.py --quick --level 90%                # short timings: only to see that it works
     python benchmarks/sparsity.py --show runs/sparsity/results.json --markdown
 
 accuracy: LeNet-300-100 and a small ResNet on Fashion-MNIST (see fashion.py), 1,024 unlabelled images, no training; the share of the 10,000 test
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 import zlib
@@ -92,7 +93,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=("accuracy", "files"), help="one of the two parts")
     parser.add_argument("--out", default="runs/sparsity/results.json", help="the results; the files are put beside them (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="short timings, fewer levels")
+    parser.add_argument("--level", action="append", choices=LEVELS, help="which levels (all); of accuracy not 50%%, where all are near the dense one")
+    parser.add_argument("--quick", action="store_true", help="short timings")
     parser.add_argument("--show", metavar="RESULTS", help="run nothing, only print the tables of earlier results")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     return parser.parse_args()
@@ -104,7 +106,8 @@ def run(options: argparse.Namespace, console: Console) -> Row:
     file = Path(options.out).absolute()
     file.parent.mkdir(parents=True, exist_ok=True)
     results: Row = json.loads(file.read_text()) if file.exists() else {"accuracy": [], "files": []}
-    for part, rows in (("accuracy", accuracies(file.parent, options.quick)), ("files", files(file.parent, options.quick))):
+    levels = options.level or list(LEVELS)
+    for part, rows in (("accuracy", accuracies(file.parent, levels)), ("files", files(file.parent, levels, options.quick))):
         if options.only in (None, part):
             results[part] = []
             results[f"{part} made on"] = {"host": dataclasses.asdict(host()), "versions": made_by(), "quick": options.quick}
@@ -119,19 +122,17 @@ def run(options: argparse.Namespace, console: Console) -> Row:
 # Accuracy ---------------------------------------------------------------------------------------------------------------------------
 
 
-def accuracies(folder: Path, quick: bool) -> Iterator[Row]:
+def accuracies(folder: Path, levels: list[str]) -> Iterator[Row]:
     for model, build in CLASSIFIERS.items():
         module = build()
         example = next(fashion.calibrate())[0]
         task = Task(module, example, {"calibrate": fashion.calibrate})
         network = capture(module, example)
         yield {"model": model, "method": "dense", "level": "", "accuracy": accuracy(network, folder)}
-        for level, amount in LEVELS.items():
-            for method, fields in METHODS.items():
-                spreads = fields.get("allocation") not in ("uniform", None) or method in ("magnitude, LAMP", "auto, LAMP (the default)")
-                if level == "50%" or (spreads and "pattern" in amount) or (quick and level != "90%"):
-                    continue  # at half the weights all are near the dense network
-                fields = {key: value for key, value in fields.items() if key != "allocation"} if "pattern" in amount else fields
+        for level, (method, fields) in itertools.product([level for level in levels if level != "50%"], METHODS.items()):
+            amount = LEVELS[level]
+            if "pattern" not in amount or fields.get("allocation") == "uniform":  # a pattern is the same in every layer
+                fields = fields if "pattern" not in amount else {key: value for key, value in fields.items() if key != "allocation"}
                 made = Sparsify(**amount, **fields, keep_ends=False, samples=fashion.CALIBRATION)(network, task)
                 row = {"model": model, "method": method, "level": level, "zeros": zeros(made), "accuracy": accuracy(made, folder)}
                 if method == "auto, LAMP (the default)":
@@ -174,7 +175,7 @@ def accuracy_table(rows: list[Row]) -> Cells:
 # Files ------------------------------------------------------------------------------------------------------------------------------
 
 
-def files(folder: Path, quick: bool) -> Iterator[Row]:
+def files(folder: Path, levels: list[str], quick: bool) -> Iterator[Row]:
     for name, (build, shape) in FILES.items():
         inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         network = capture(seeded(build), inputs)
@@ -184,9 +185,8 @@ def files(folder: Path, quick: bool) -> Iterator[Row]:
         yield {"model": name, "level": "dense", **weigh(dense)}
         # The dense file beside itself shows how far from 1 a ratio can be for nothing.
         yield {"model": name, "level": "dense again", **weigh(dense), **speeds(dense, dense, inputs, quick)}
-        for level, amount in LEVELS.items():
-            if quick and level != "90%":
-                continue
+        for level in levels:
+            amount = LEVELS[level]
             spread = {} if "pattern" in amount else UNIFORM
             made = Sparsify(**amount, **spread, samples=0, keep_ends=False)(network, task)
             path = folder / f"{level.replace(':', '-')}.onnx"
