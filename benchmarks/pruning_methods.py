@@ -53,10 +53,10 @@ def downsize(**fields: Any) -> Callable[[Start, Subject, Amount], Network]:
     """``Prune`` with these fields; what is not named keeps its default, but for the samples, of which the subject says how many there are."""
 
     def make(start: Start, subject: Subject, amount: Amount) -> Network:
-        from downsize.techniques.prune import Prune  # pyright: ignore[reportMissingImports]
+        from downsize.techniques.prune import Prune
 
         assert start.model is not None
-        asked = {"macs": amount.left} if amount.kind == "macs" else {"ratio": 1 - amount.left}
+        asked: dict[str, Any] = {"macs" if amount.kind == "macs" else "ratio": amount.left}
         asked |= {"what": ("layers",)} if amount.kind == "layers" else {}
         task = Task(start.model, start.example, {"calibrate": start.calibrate})
         return Prune(**({"samples": subject.samples} | asked | fields))(captured(start.model, start), task)
@@ -158,7 +158,7 @@ def renormalise(model: nn.Module, start: Start) -> None:
 METHODS = {
     "dense": Method("dense", dense),
     "downsize": Method("downsize", downsize(), ("macs", "ratio", "layers")),
-    "downsize-uniform": Method("downsize, uniform widths", downsize(scope="layer")),
+    "downsize-uniform": Method("downsize, uniform widths", downsize(scope="layer"), ("macs",)),
     "downsize-l2": Method("downsize, L2 and refit", downsize(importance="l2")),
     "downsize-unrefitted": Method("downsize, no refit", downsize(refit=False), ("macs", "ratio", "layers")),
     "downsize-l2-unrepaired": Method("downsize, L2, no repair", downsize(importance="l2", refit=False, renormalise=False)),
