@@ -97,13 +97,13 @@ class Atoms:
             return np.zeros(outer, np.int64), table[0].copy()
         if self._are_free(table.reshape(-1)):
             return self._substitute(table)
-        for give_in in (lambda rows, columns: None, self._freeze_extras, self._tie_rows):
+        for _ in range(2):
             sets = [[self.leaves(int(one)) for one in row] for row in table]
             rows = [frozenset.intersection(*row) for row in sets]
             columns = [frozenset.intersection(*column) for column in zip(*sets, strict=True)]
             if all(sets[x][y] == rows[x] | columns[y] for x in range(outer) for y in range(inner)):
                 return self._ids(rows), self._ids([column - frozenset.intersection(*rows) for column in columns])
-            give_in(table, rows)
+            self._freeze_extras(table, rows)
         self.freeze(table.reshape(-1))
         return np.zeros(outer, np.int64), np.zeros(inner, np.int64)
 
@@ -124,10 +124,6 @@ class Atoms:
         if all(rows):
             for row, common in zip(table, rows, strict=True):
                 self._freeze_atoms(frozenset().union(*(self.leaves(int(one)) for one in row)) - common)
-
-    def _tie_rows(self, table: np.ndarray, rows: list[frozenset[int]]) -> None:
-        for row in table:
-            self.unify(row, np.full_like(row, row[0]))
 
     def _ids(self, sets: Iterable[frozenset[int]]) -> Ids:
         return np.array([self.conjunction(one) for one in sets], np.int64)
