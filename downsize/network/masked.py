@@ -31,14 +31,15 @@ def masked(network: Network | Lineage, dead: Mapping[str, Iterable[int]]) -> Net
     made = lineage.network.fork()
     twins = dict(zip(lineage.network.graph.nodes, made.graph.nodes, strict=True))
     statistics = {read.node for read in lineage.reads if read.statistic}
+    held: dict[tuple[fx.Node, fx.Node], fx.Node] = {}  # what a reader is given instead of its source, so far
     for read in lineage.reads:
         alive = survivors.of(lineage.dims[read.source][read.dim])
         if read.node not in statistics and not alive.all():
             shape = [1] * len(lineage.dims[read.source])
             shape[read.dim] = -1
-            value = torch.from_numpy(alive.astype(np.float32)).reshape(shape)
-            mask = add_constant(made, f"{read.node.name}_alive", value, twins[read.node])
-            _insert(made, twins[read.source], aten.mul.Tensor, (mask,), twins[read.node])
+            mask = add_constant(made, f"{read.node.name}_dead", torch.from_numpy(~alive).reshape(shape), twins[read.node])
+            given = held.get((read.node, read.source), twins[read.source])
+            held[read.node, read.source] = _insert(made, given, aten.masked_fill.Scalar, (mask, 0), twins[read.node])
     for node in [node for node in lineage.network.graph.nodes if node in statistics]:
         twins[node] = _over_the_living(made, survivors, node, twins)
     made.recompile()
