@@ -4,7 +4,7 @@
     python benchmarks/pruning_zoo.py --architecture vit --ratio 0.5
     python benchmarks/pruning_zoo.py --show runs/pruning_zoo/results.json
 
-Each pruning runs in a process of its own, with a time limit. Outcomes: ``right`` (runs, is smaller, and computes what the original does
+Each pruning runs in a process of its own, with a limit on its CPU time. Outcomes: ``right`` (runs, is smaller, and computes what the original does
 when what is read of the removed positions is zero), ``wrong``, ``crash``, ``forward fails``, ``no answer`` (within the limit),
 ``nothing pruned``, ``not judged``. How the judge knows stands in pruning_judge.py.
 
@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -64,6 +65,8 @@ TOOLS: dict[str, Tool] = {"torch-pruning": torch_pruning}
 def main() -> int:
     options = arguments()
     if options.one:
+        # CPU time, so that a busy machine changes no outcome.
+        resource.setrlimit(resource.RLIMIT_CPU, (options.limit, options.limit + 10))
         print(json.dumps(dataclasses.asdict(one(options.tool[0], options.architecture[0], options.ratio[0]))))
         return 0
     rows = json.loads(Path(options.show).read_text())["rows"] if options.show else run(options)
@@ -76,7 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--architecture", action="append", metavar="NAME", help="which architectures (all)")
     parser.add_argument("--tool", action="append", choices=TOOLS, help="which tools (all)")
     parser.add_argument("--ratio", action="append", type=float, help=f"which share of the channels goes (each of {RATIOS})")
-    parser.add_argument("--limit", type=float, default=120, metavar="SECONDS", help="for one pruning and its judging (%(default)s)")
+    parser.add_argument("--limit", type=int, default=120, metavar="SECONDS", help="CPU time for one pruning and its judging (%(default)s)")
     parser.add_argument("--out", default="runs/pruning_zoo/results.json", help="where the results go (%(default)s)")
     parser.add_argument("--show", metavar="RESULTS", help="run nothing, print the table of earlier results")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -101,17 +104,19 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def apart(tool: str, name: str, ratio: float, limit: float) -> Outcome:
-    """The outcome from a fresh process that is stopped after ``limit`` seconds."""
-    command = [sys.executable, __file__, "--one", "--tool", tool, "--architecture", name, "--ratio", str(ratio)]
+def apart(tool: str, name: str, ratio: float, limit: int) -> Outcome:
+    """The outcome from a fresh process that is stopped after ``limit`` seconds of CPU time (or ten times as long, should it sleep)."""
+    command = [sys.executable, __file__, "--one", "--tool", tool, "--architecture", name, "--ratio", str(ratio), "--limit", str(limit)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     try:
-        out, errors = process.communicate(timeout=limit)
+        out, errors = process.communicate(timeout=10 * limit)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        return Outcome("no answer", f"stopped after {limit:.0f} s")
+        return Outcome("no answer", f"stopped after {10 * limit} s")
+    if process.returncode == -signal.SIGXCPU:
+        return Outcome("no answer", f"stopped after {limit} s of CPU time")
     if process.returncode < 0:
         return Outcome("crash", f"signal {-process.returncode}")
     if process.returncode:
