@@ -60,6 +60,9 @@ class Survivors:
             for dim, vector in enumerate(dims):
                 if len(vector) and not self.of(vector).any():
                     raise CutError(f"dimension {dim} of {name} would lose its last position; keep one unit, or take the block out whole.")
+        for read in self.lineage.reads:
+            if read.statistic and not self.dims(read.source)[read.dim].any():
+                raise CutError(f"{read.node.name} would be a statistic of no position at all; keep one unit of what it reads.")
 
     def of(self, vector: Ids) -> np.ndarray:
         """Which positions of a dimension live, bool [positions]."""
@@ -184,9 +187,23 @@ def _unflatten(survivors: Survivors, node: fx.Node, twin: fx.Node) -> None:
     dims, first = survivors.lineage.dims[node], node.args[1] % len(survivors.lineage.dims[node.args[0]])
     sizes = list(twin.args[2])
     for i, size in enumerate(node.args[2]):
-        if isinstance(size, int) and size != -1:
-            sizes[i] = survivors.count(dims[first + i])
+        if size != -1 and not survivors.of(dims[first + i]).all():
+            sizes[i] = survivors.count(dims[first + i]) if isinstance(size, int) else -1
     twin.update_arg(2, sizes)
+
+
+def _squeeze(survivors: Survivors, node: fx.Node, twin: fx.Node) -> None:
+    """Only what had one position is squeezed out, not what is left with one."""
+    if all(alive.all() for alive in survivors.dims(node.args[0])):
+        return
+    shape = survivors.lineage.shapes[node.args[0]]
+    given = node.args[1] if len(node.args) > 1 else range(len(shape))
+    which = [dim for dim in ([given] if isinstance(given, int) else given) if shape[dim] == 1]
+    twin.target, twin.args = aten.squeeze.dims, (twin.args[0], which)
+
+
+def _repeat_each(survivors: Survivors, node: fx.Node, twin: fx.Node) -> None:
+    twin.kwargs = {name: value for name, value in twin.kwargs.items() if name != "output_size"}
 
 
 def _split(survivors: Survivors, node: fx.Node, twin: fx.Node) -> None:
@@ -259,6 +276,7 @@ def _pad(survivors: Survivors, node: fx.Node, twin: fx.Node) -> None:
 _CONVOLUTIONS = [f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)]
 REWRITES: dict[str, Rewrite] = {
     **dict.fromkeys(["view", "reshape", "_unsafe_view", "expand", "broadcast_to"], _sizes(1)), "unflatten": _unflatten,
+    "squeeze": _squeeze, "repeat_interleave": _repeat_each,
     **dict.fromkeys(["split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk"], _split),
     **dict.fromkeys(["zeros", "ones", "full", "empty", "rand", "randn"], _sizes(0)),
     **dict.fromkeys(["new_zeros", "new_ones", "new_full", "new_empty"], _sizes(1)),

@@ -17,7 +17,7 @@ import torch
 from .atoms import NEVER, Ids
 from .lineage_rules import apply_rule
 from .network import Network
-from .positions import Positions, Read
+from .positions import Positions, Read, never
 
 Key = tuple[str, int]  # a constant tensor and one of its dimensions
 
@@ -52,15 +52,10 @@ class Lineage(Positions):
 
     def __init__(self, network: Network) -> None:
         super().__init__(network)
-        for node in network.graph.nodes:
-            if node.op == "placeholder":
-                self.dims[node] = tuple(np.zeros(size, np.int64) for size in self.shapes[node])
-            elif node.op == "get_attr":
-                self.dims[node] = self.constant(str(node.target))
-            elif node.op == "call_function" and node in self.shapes:
-                self.dims[node] = apply_rule(self, node)
-            elif node.op == "output":
-                self.freeze(*node.all_input_nodes)
+        _walk(self)
+        if any(vector.any() for vector in self.open_vectors()):
+            # Where the batch is merged with units, what lives together must do so at other sizes too.
+            _walk(self.at_other_sizes())
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
@@ -75,13 +70,18 @@ class Lineage(Positions):
         return found
 
     def coverage(self) -> float:
-        """The share of parameter elements that a cut could remove: at least one of their positions can go."""
+        """The share of parameter elements that a cut could remove: at least one of their positions is of an axis of two units or more."""
         total = free = 0
+        carried: dict[Key, list[np.ndarray]] = {}
+        for axis in self.axes:
+            for key, unit in axis.carriers.items() if axis.units > 1 else ():
+                carried.setdefault(key, []).append(unit < 0)
         for name, dims in self.constants.values():
             tensor = self.network.tensor(name)
             if isinstance(tensor, torch.nn.Parameter):
+                stays = [np.logical_and.reduce([np.ones(len(v), bool), *carried.get((name, dim), [])]).sum() for dim, v in enumerate(dims)]
                 total += tensor.numel()
-                free += tensor.numel() - math.prod(int((self.atoms.find(vector) == NEVER).sum()) for vector in dims)
+                free += tensor.numel() - math.prod(map(int, stays))
         return free / max(total, 1)
 
     def inexact(self) -> frozenset[int]:
@@ -103,6 +103,18 @@ class Lineage(Positions):
             for leaf in self._leaves(vector):
                 found.setdefault(leaf, set()).add(kind)
         return found
+
+
+def _walk(lineage: Positions) -> None:
+    for node in lineage.network.graph.nodes:
+        if node.op == "placeholder":
+            lineage.dims[node] = tuple(map(never, lineage.shapes[node]))
+        elif node.op == "get_attr":
+            lineage.dims[node] = lineage.constant(str(node.target))
+        elif node.op == "call_function" and node in lineage.shapes:
+            lineage.dims[node] = apply_rule(lineage, node)
+        elif node.op == "output":
+            lineage.freeze(*node.all_input_nodes)
 
 
 # Axes -------------------------------------------------------------------------------------------------------------------------------

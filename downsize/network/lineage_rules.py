@@ -368,6 +368,7 @@ STATISTICS: dict[str, Rule] = {
 }  # fmt: skip
 NOT_POINTWISE = ("glu", "prelu")  # although tagged so
 POINTWISE = dict.fromkeys(
-    ["hardswish", "dropout", "feature_dropout", "alpha_dropout", "masked_fill", "where", "__and__", "__or__", "clamp", "fill", "elu"], pointwise
+    ["hardswish", "dropout", "feature_dropout", "alpha_dropout", "masked_fill", "where", "__and__", "__or__", "clamp", "fill", "copy", "elu"],
+    pointwise,
 )
 RULES: dict[str, Rule] = {**VIEWS, **SIZES, **POINTWISE, **PRODUCTS, **STATISTICS, "fake_quantize": _fake_quantize, "prelu": _prelu}

@@ -37,8 +37,9 @@ def same(lineage: Positions, node: fx.Node) -> Dims:
 
 def _view(lineage: Positions, node: fx.Node) -> Dims:
     made = regroup(lineage, lineage.dims[node.args[0]], lineage.shapes[node])
-    sizes = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) else ()
-    named = [dim for dim, size in enumerate(sizes) if isinstance(size, fx.Node) and made[dim].any()]
+    sizes = next((part for part in node.args[1:] if isinstance(part, (list, tuple))), ())
+    first = node.args[1] % len(lineage.dims[node.args[0]]) if sizes and isinstance(node.args[1], int) else 0  # of an unflatten
+    named = [dim for dim, size in enumerate(sizes, first) if isinstance(size, fx.Node) and made[dim].any()]
     if len(named) > 1 or (named and -1 in sizes):
         # Two sizes that come from shapes cannot both be left to the runtime.
         for dim in named:
@@ -174,6 +175,7 @@ def _parts(lineage: Positions, node: fx.Node) -> list[Dims]:
     """split, chunk: consecutive stretches of one dimension, their lengths as they came out."""
     dims = lineage.dims[node.args[0]]
     dim = dimension(node, 2, len(dims))
+    lineage.close(node.args[0], dim)
     made, start = [], 0
     for shape in lineage.shapes[node]:
         stretch = dims[dim][start : start + shape[dim]]
@@ -199,6 +201,7 @@ def _slice(lineage: Positions, node: fx.Node) -> Dims:
     dims = lineage.dims[node.args[0]]
     dim = dimension(node, 1, len(dims))
     start, end, step = (argument(node, i, name, default) for i, name, default in ((2, "start", 0), (3, "end", None), (4, "step", 1)))
+    lineage.close(node.args[0], dim)
     if not all(one is None or isinstance(one, int) for one in (start, end)) or step != 1:
         lineage.atoms.freeze(dims[dim])
         return (*dims[:dim], never(lineage.shapes[node][dim]), *dims[dim + 1 :])
@@ -219,6 +222,7 @@ def _select(lineage: Positions, node: fx.Node) -> Dims:
     """The position that is picked stays; the others of its dimension may go."""
     dims = lineage.dims[node.args[0]]
     dim, index = dimension(node, 1, len(dims)), node.args[2]
+    lineage.close(node.args[0], dim)
     lineage.atoms.freeze(dims[dim][[index]] if isinstance(index, int) else dims[dim])
     return (*dims[:dim], *dims[dim + 1 :])
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,7 @@ class Positions:
     Attributes:
         dims: [dimension] of vectors for every node, or a list of them for operators with several outputs.
         shapes: of every node's value, see :func:`output_shapes`.
+        others: the same for inputs of other sizes; a dimension that differs is open.
         constants: ``id(tensor)`` -> its name and vectors.
         reads: who reads what, and does not pass it on as it is.
         frozen_by: operators that froze something because no rule knew them, with how often.
@@ -47,6 +50,7 @@ class Positions:
         self.network = network
         self.atoms = Atoms()
         self.shapes = output_shapes(network)
+        self.others = _other_shapes(network) or self.shapes
         self.dims: dict[fx.Node, Any] = {}
         self.reads: list[Read] = []
         self.frozen_by: dict[str, int] = {}
@@ -77,6 +81,23 @@ class Positions:
         if vector.any():
             self.reads.append(Read(node, source, dim % len(self.dims[source]), statistic))
 
+    def at_other_sizes(self) -> Positions:
+        """The same atoms and constants, with nothing known yet of the operators, for inputs of the other sizes."""
+        made = copy.copy(self)
+        made.shapes, made.others = self.others, self.shapes
+        made.dims, made.reads, made.frozen_by, made._kinds = {}, [], {}, []
+        return made
+
+    def close(self, source: fx.Node, dim: int) -> None:
+        """An open dimension stays whole under an operator that counts along it: what is cut would be spelled for one size only."""
+        if self.shapes[source][dim] != self.others[source][dim]:
+            self.atoms.freeze(self.dims[source][dim])
+
+    def open_vectors(self) -> Iterator[Ids]:
+        """The vectors of all open dimensions."""
+        for node, dims in self.dims.items():
+            yield from _differing(dims, self.shapes[node], self.others[node])
+
     def name_kind(self, vector: Ids, kind: str) -> None:
         """What the units of a vector are called."""
         self._kinds.append((vector, kind))
@@ -91,8 +112,29 @@ def vectors(dims: Any) -> Iterator[Ids]:
             yield from vectors(part)
 
 
-def output_shapes(network: Network) -> dict[fx.Node, Any]:
-    """The shape of every node's value at the example's sizes, computed without data; a list of shapes for operators with several outputs."""
+def _differing(dims: Any, shape: Any, other: Any) -> Iterator[Ids]:
+    if isinstance(shape, list):
+        for parts in zip(dims, shape, other, strict=False):  # a split may give another number of parts
+            yield from _differing(*parts)
+    elif shape is not None:
+        yield from (vector for vector, one, two in zip(dims, shape, other, strict=True) if one != two)
+
+
+def _other_shapes(network: Network) -> dict[fx.Node, Any] | None:
+    """The shapes at other sizes of the inputs: of all open dimensions if the network can run so, else of the first ones; None if neither."""
+    for most in (max((len(port.dims) for port in network.ports), default=0), 1):
+        sizes = [[2 * n + 1 if isinstance(port.dims[i], str) and i < most else n for i, n in enumerate(port.example)] for port in network.ports]
+        with contextlib.suppress(Exception):  # whatever a guard or an operator says of sizes that it does not take
+            return output_shapes(network, sizes)
+    return None
+
+
+def output_shapes(network: Network, sizes: Sequence[Sequence[int]] | None = None) -> dict[fx.Node, Any]:
+    """The shape of every node's value, computed without data; a list of shapes for operators with several outputs.
+
+    Args:
+        sizes: of the inputs, else those of the example.
+    """
     found: dict[fx.Node, Any] = {}
 
     def shape(value: Any) -> Any:
@@ -107,7 +149,8 @@ def output_shapes(network: Network) -> dict[fx.Node, Any]:
         return record
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        leaves = [torch.empty(port.example, dtype=port.dtype) for port in network.ports]
+        given = sizes or [port.example for port in network.ports]
+        leaves = [torch.empty(tuple(size), dtype=port.dtype) for size, port in zip(given, network.ports, strict=True)]
         walk(network, leaves, {node: recorder(node) for node in network.graph.nodes})
     return {node: value for node, value in found.items() if value is not None}
 

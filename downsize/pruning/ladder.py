@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 
 from ..network.columns import weight_from_matrix, weight_matrix
-from ..network.cut import cut
-from ..network.judge import Judge
-from ..network.lineage import Lineage
 from ..network.network import Network
 from ..network.rewrite import argument, constant, set_bias, set_constant
 from ..numerics.removal import Reading, remove, repaired
@@ -105,19 +102,11 @@ def repair_reader(network: Network, reader: Reader, gram: Tensor, gone: Tensor, 
     set_bias(network, node, new[:, :, -1].reshape(-1).to(old.dtype))
 
 
-def climb(lineage: Lineage, site: Site, order: Tensor, widths: Sequence[int], judge: Judge, repair: Callable[[Tensor], Network] | None) -> Ladder:
-    """The ladder of a site: the network is judged at each width, until it has lost its skill.
-
-    Args:
-        repair: gives the network without the units given, at full size; None: it is cut, and its readers stay as they are.
-    """
+def climb(site: Site, order: Tensor, widths: Sequence[int], judge: Callable[[Network], float], without_units: Callable[[Tensor], Network]) -> Ladder:
+    """The ladder of a site: the network ``without_units(gone)`` is judged at each width, until it has lost its skill."""
     errors = [0.0]
     for width in widths[1:]:
-        if errors[-1] >= HOPELESS:
-            errors.append(inf)
-            continue
-        gone = order[: site.axis.units - width]
-        made = repair(gone) if repair else cut(lineage, {site.axis.name: gone.tolist()})
         # Errors of few samples may fall with the width by chance; what is removed does not come back.
-        errors.append(max(errors[-1], judge(made)))
+        last = errors[-1]
+        errors.append(inf if last >= HOPELESS else max(last, judge(without_units(order[: site.axis.units - width]))))
     return Ladder(site, order, tuple(widths), tuple(errors))

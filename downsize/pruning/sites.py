@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from ..network.columns import MATRIX_LAYERS, groups_of
 from ..network.empty import can_empty
 from ..network.lineage import Axis, Lineage
+from ..network.network import Network
 
 KINDS = ("channels", "heads", "neurons", "head_dims", "width")
 
@@ -47,6 +48,18 @@ def sites(lineage: Lineage, what: Sequence[str] = ("channels", "heads", "neurons
     names = {id(lineage.network.tensor(name)): name for name, _ in lineage.constants.values()}
     layers = [node for node in lineage.network.graph.nodes if node.target in MATRIX_LAYERS and node.args[1].op == "get_attr"]
     return tuple(_site(lineage, axis, layers, names) for axis in lineage.axes if axis.kind in what and axis.units > 1)
+
+
+def first_reader(network: Network, site: Site) -> fx.Node:
+    """The first of a site's readers in the graph."""
+    names = {reader.node for reader in site.readers}
+    return next(node for node in network.graph.nodes if node.name in names)
+
+
+def in_order(network: Network, found: Sequence[Site]) -> list[Site]:
+    """The sites by where they are first read in the graph; those without readers come last."""
+    rank = {node.name: number for number, node in enumerate(network.graph.nodes)}
+    return sorted(found, key=lambda site: min((rank[reader.node] for reader in site.readers), default=len(rank)))
 
 
 def _site(lineage: Lineage, axis: Axis, layers: Sequence[fx.Node], names: dict[int, str]) -> Site:

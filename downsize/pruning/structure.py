@@ -14,16 +14,15 @@ from torch import Tensor
 
 from ..errors import CutError, TaskError
 from ..network.columns import MATRIX_LAYERS
-from ..network.cut import Survivors
+from ..network.cut import Survivors, cut
 from ..network.empty import shrunk
 from ..network.fold import fold_constants
-from ..network.judge import Judge
+from ..network.judge import Judge, TailJudge
 from ..network.lineage import Lineage
 from ..network.masked import masked
 from ..network.network import Network, batch_of
-from ..network.padding import padding_port
 from ..network.rewrite import argument, aten, constant, drop_identities, fold_batch_norm, fold_padding, set_bias
-from ..network.statistics import Pieces, walk
+from ..network.statistics import walk
 from ..numerics.allocation import Term
 from ..numerics.importance import energy
 from ..numerics.removal import Reading
@@ -34,13 +33,13 @@ from .grams import with_grams
 from .importance import scores
 from .ladder import Ladder, climb, readings, repair_reader, surgeon_order, widths_of, without
 from .latency_limit import latency_amount, whole_latency
+from .layers import drop_layers
+from .pieces import Data, collected
 from .refitting import refit_layers
 from .renormalise import reestimate_batch_norms
-from .sites import Reader, Site, sites
+from .sites import Reader, Site, first_reader, in_order, sites
 
 QUANTIZERS = (torch.ops.downsize.fake_quantize.default, torch.ops.downsize.fake_quantize_dynamic.default)
-# How many held-back pieces judge a width, and how many of all prove a cut.
-TRIAL_PIECES = 48
 # What a cut may differ from its mask by, of the outputs' largest value.
 TOLERANCE = 1e-3
 
@@ -64,16 +63,6 @@ class Settings:
     damping: float
 
 
-@dataclass(frozen=True)
-class Data:
-    """Calibration inputs to fit on (``fit``), and others to judge by (``held``, and of these a few: ``trial``); ``port`` marks padding."""
-
-    fit: Pieces
-    held: Pieces
-    trial: Pieces
-    port: int | None
-
-
 def prune(network: Network, task: Task, settings: Settings, tune: Callable[[Network], Network] | None = None) -> Network:
     """Prune in ``settings.rounds`` steps, each less by the same factor.
 
@@ -81,7 +70,7 @@ def prune(network: Network, task: Task, settings: Settings, tune: Callable[[Netw
         tune: is given the network behind each step and returns what the next goes on from: the place for training in between.
     """
     plain = prepared(network, settings.fold)
-    data = collected(plain, task, settings) if settings.samples else None
+    data = collected(plain, task, settings.samples, settings.holdout) if settings.samples else None
     given = give_biases(plain) if settings.refit else []
     whole = _whole(plain, settings, task)
     share = settings.most if settings.most <= 1 else settings.most / whole
@@ -130,26 +119,13 @@ def prepared(network: Network, fold: bool) -> Network:
     return made
 
 
-def collected(network: Network, task: Task, settings: Settings) -> Data:
-    """The calibration data, parted.
-
-    Raises:
-        TaskError: fewer than two pieces.
-    """
-    pieces = Pieces.of(network, task.batches("calibrate"), settings.samples)
-    if len(pieces) < 2:
-        raise TaskError("There is one calibration sample; expected at least two, one to solve on and one to judge by: give a hundred, or samples=0.")
-    fit, held = pieces.parted(max(2, min(settings.holdout, len(pieces))))
-    return Data(fit, held, held[:: max(1, -(-len(held) // TRIAL_PIECES))], padding_port(network, pieces))
-
-
 def _step(original: Network, network: Network, task: Task, settings: Settings, data: Data | None) -> Network:
     if "layers" in settings.what:
-        from .depth import drop_layers
-
-        return drop_layers(network, settings, data)
+        assert data is not None  # the technique has checked it
+        share = settings.most if settings.amount == "ratio" else settings.most / _whole(network, settings, task)
+        return drop_layers(network, settings.amount, share, settings.refit, data)
     lineage = Lineage(network)
-    found = sites(lineage, settings.what)
+    found = in_order(network, sites(lineage, settings.what))
     if not found:
         kinds = ", ".join(sorted({axis.kind for axis in lineage.axes})) or "none"
         raise TaskError(f"Nothing of the kinds {', '.join(settings.what)} can be cut; axes there are of the kinds: {kinds}.")
@@ -171,21 +147,28 @@ def climbed(lineage: Lineage, found: Sequence[Site], task: Task, settings: Setti
     if data is None:
         return [by_weights(lineage, site, settings) for site in found]
     network = lineage.network
-    judge = Judge(network, data.trial)
-    uniform = settings.scope == "layer"
+    judge, tail = Judge(network, data.trial), TailJudge(network, data.trial)
     measured = settings.importance in ("obs", "energy")
     rank = scores(network, task, "l2" if measured else settings.importance)
     made = []
     for site, grams in with_grams(network, found, data.fit, data.port):
         reads = readings(site, network, grams)
         order = _order(site, reads, settings) if measured and reads else rank(site).argsort(stable=True)
-        if uniform:
+        if settings.scope == "layer":
             every = _all_widths(site, settings)
             made.append(Ladder(site, order, every, (0.0,) * len(every)))
             continue
-        repair = partial(without, network, site, grams, damping=settings.damping) if site.whole and settings.refit else None
-        made.append(climb(lineage, site, order, widths_of(site, settings.multiple), judge, repair))
+        widths = widths_of(site, settings.multiple)
+        if site.whole and settings.refit:
+            tail.move(first_reader(network, site))
+            made.append(climb(site, order, widths, tail, partial(without, network, site, grams, damping=settings.damping)))
+        else:
+            made.append(climb(site, order, widths, judge, partial(_cut, lineage, site)))
     return made
+
+
+def _cut(lineage: Lineage, site: Site, gone: Tensor) -> Network:
+    return cut(lineage, {site.axis.name: gone.tolist()})
 
 
 def _all_widths(site: Site, settings: Settings) -> tuple[int, ...]:
@@ -249,12 +232,12 @@ def repaired(
     loss = judge(made)
     if settings.refit:
         survivors = Survivors(lineage, dead, allow_empty=True)
-        for start in (made, shrunk(lineage, dead, without_units(lineage.network, found, dead, data, settings.damping))):
-            fitted = start.fork()
-            refit_layers(original, fitted, data.fit, data.held, rows=kept_rows(fitted, lineage, survivors))
-            for trial in (start, fitted):
-                if (lower := judge(trial)) < loss:
-                    loss, made = lower, trial
+        start = shrunk(lineage, dead, without_units(lineage.network, found, dead, data, settings.damping))
+        fitted = start.fork()
+        refit_layers(original, fitted, data.fit, data.held, rows=kept_rows(fitted, lineage, survivors))
+        for trial in (start, fitted):
+            if (lower := judge(trial)) < loss:
+                loss, made = lower, trial
     if settings.renormalise and any(node.target is aten.batch_norm.default for node in made.graph.nodes):
         normed = made.fork()
         reestimate_batch_norms(normed, data.fit)

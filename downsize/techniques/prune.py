@@ -65,6 +65,8 @@ class Prune:
         given = [name for name in AMOUNTS if getattr(self, name) is not None]
         if len(given) != 1:
             raise SpecError(f"prune: {', '.join(given) or 'no amount'} came; expected one of {', '.join(AMOUNTS)}, e.g. prune(macs=0.5).")
+        if "layers" in self.what and self.latency is not None:
+            raise SpecError("prune: what=layers goes by macs, parameters or ratio; expected one of these instead of latency.")
         if not self.what or ("layers" in self.what and len(self.what) > 1):
             raise SpecError(f"prune: what={self.what} came; expected kinds of axes, or layers alone: prune(...) | prune(...) does both.")
         if "layers" in self.what and not self.samples:
