@@ -56,10 +56,10 @@ def downsize(**fields: Any) -> Callable[[Start, Subject, Amount], Network]:
         from downsize.techniques.prune import Prune
 
         assert start.model is not None
-        asked: dict[str, Any] = {"macs" if amount.kind == "macs" else "ratio": amount.left}
+        asked: dict[str, Any] = {"samples": subject.samples, "macs" if amount.kind == "macs" else "ratio": amount.left}
         asked |= {"what": ("layers",)} if amount.kind == "layers" else {}
         task = Task(start.model, start.example, {"calibrate": start.calibrate})
-        return Prune(**({"samples": subject.samples} | asked | fields))(captured(start.model, start), task)
+        return Prune(**(asked | fields))(captured(start.model, start), task)
 
     return make
 
