@@ -170,12 +170,14 @@ def _sizes(position: int) -> Rewrite:
     """Operators that spell the sizes of their result in one argument."""
 
     def rewrite(survivors: Survivors, node: fx.Node, twin: fx.Node) -> None:
-        spelled = list(node.args[position])
-        for dim, (size, vector) in enumerate(zip(spelled, survivors.lineage.dims[node], strict=True)):
+        spelled, vectors = list(node.args[position]), survivors.lineage.dims[node]
+        for dim, (size, vector) in enumerate(zip(spelled, vectors, strict=True)):
             if survivors.of(vector).all() or size == -1:
                 continue
             # A size that was computed from shapes: the runtime finds it.
             spelled[dim] = -1 if isinstance(size, fx.Node) else survivors.count(vector)
+        if spelled.count(-1) > 1:
+            spelled = [survivors.count(v) if old == -1 else new for old, new, v in zip(node.args[position], spelled, vectors, strict=True)]
         if spelled != list(node.args[position]):
             given = [dim if not isinstance(dim, fx.Node) else twin.args[position][i] for i, dim in enumerate(spelled)]
             twin.update_arg(position, given)

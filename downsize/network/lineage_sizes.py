@@ -48,10 +48,7 @@ def _repeat(lineage: Positions, node: fx.Node) -> Dims:
     made = []
     for dim, count in enumerate(counts):
         old = dims[dim - missing] if dim >= missing else never(1)
-        if not isinstance(count, int):
-            lineage.atoms.freeze(old)
-            old, count = never(1), lineage.shapes[node][dim]
-        made.append(np.tile(old, count))
+        made.append(np.tile(old, count if isinstance(count, int) else lineage.shapes[node][dim] // len(old)))
     return tuple(made)
 
 

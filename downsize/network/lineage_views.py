@@ -40,7 +40,8 @@ def _view(lineage: Positions, node: fx.Node) -> Dims:
     sizes = next((part for part in node.args[1:] if isinstance(part, (list, tuple))), ())
     first = node.args[1] % len(lineage.dims[node.args[0]]) if sizes and isinstance(node.args[1], int) else 0  # of an unflatten
     named = [dim for dim, size in enumerate(sizes, first) if isinstance(size, fx.Node) and made[dim].any()]
-    if len(named) > 1 or (named and -1 in sizes):
+    left = first + list(sizes).index(-1) if -1 in sizes else None
+    if len(named) > 1 or (named and left is not None and lineage.is_open(node, left)):
         # Two sizes that come from shapes cannot both be left to the runtime.
         for dim in named:
             lineage.atoms.freeze(made[dim])

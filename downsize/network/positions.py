@@ -90,8 +90,12 @@ class Positions:
 
     def close(self, source: fx.Node, dim: int) -> None:
         """An open dimension stays whole under an operator that counts along it: what is cut would be spelled for one size only."""
-        if self.shapes[source][dim] != self.others[source][dim]:
+        if self.is_open(source, dim):
             self.atoms.freeze(self.dims[source][dim])
+
+    def is_open(self, node: fx.Node, dim: int) -> bool:
+        """Whether the size of a dimension follows the sizes of the inputs."""
+        return self.shapes[node][dim] != self.others[node][dim]
 
     def open_vectors(self) -> Iterator[Ids]:
         """The vectors of all open dimensions."""

@@ -23,6 +23,8 @@ SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 HOPELESS = 1.0
 # Units that go at a time, as a share of all: choosing them one by one is slow in wide layers, and no better.
 STEP = 1 / 64
+# A unit whose variance is less than this part of its mean square is constant: the rest is the rounding of products in single precision.
+CONSTANT = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +75,19 @@ def _with_bias(network: Network, node: object, reader: Reader) -> Tensor:
 
 
 def surgeon_order(site: Site, found: Sequence[Reading], damping: float) -> Tensor:
-    """All units in the order in which optimal brain surgery removes them; those that come last stay longest."""
+    """All units in the order in which optimal brain surgery removes them; those that come last stay longest.
+
+    Units that never vary go first: the bias takes over what they give, which the damping would hide.
+    """
     units = site.axis.units
-    removal = remove(found, units, units, grain=max(1, int(units * STEP)), damping=damping)
-    return removal.order
+    order = remove(found, units, units, grain=max(1, int(units * STEP)), damping=damping).order
+    varies = torch.zeros(units, dtype=torch.bool)
+    for reading in found:
+        count = reading.gram[-1, -1]
+        squares = reading.gram.diagonal() / count
+        moving = squares - (reading.gram[-1] / count).square() > CONSTANT * squares
+        varies[reading.unit[moving & (reading.unit >= 0)]] = True
+    return torch.cat([order[~varies[order]], order[varies[order]]])
 
 
 def without(network: Network, site: Site, grams: Mapping[str, Tensor], gone: Tensor, damping: float) -> Network:
@@ -92,12 +103,17 @@ def without(network: Network, site: Site, grams: Mapping[str, Tensor], gone: Ten
 
 
 def repair_reader(network: Network, reader: Reader, gram: Tensor, gone: Tensor, damping: float) -> None:
-    """Give a reader the weight and bias, in place, that come nearest to its outputs without the columns ``gone`` (bool [columns])."""
+    """Give a reader the weight and bias, in place, that come nearest to its outputs without the columns ``gone`` (bool [columns]).
+
+    Zeros of a sparse weight stay zeros, whatever that costs; a refit of the layer on its support comes later.
+    """
     node = next(node for node in network.graph.nodes if node.name == reader.node)
     old = constant(network, node.args[1])
     unit = torch.cat([torch.where(gone, 0, -1), torch.tensor([-1])])
     parts = zip(_with_bias(network, node, reader), gram, strict=True)
     new = torch.stack([repaired(Reading(weight, own, unit), torch.tensor([0]), damping) for weight, own in parts])
+    if node.args[1].target in network.sparse:
+        new[:, :, :-1] *= weight_matrix(old, reader.groups) != 0
     set_constant(network, node.args[1], weight_from_matrix(new[:, :, :-1], old.shape).to(old.dtype).contiguous())
     set_bias(network, node, new[:, :, -1].reshape(-1).to(old.dtype))
 
@@ -110,3 +126,17 @@ def climb(site: Site, order: Tensor, widths: Sequence[int], judge: Callable[[Net
         last = errors[-1]
         errors.append(inf if last >= HOPELESS else max(last, judge(without_units(order[: site.axis.units - width]))))
     return Ladder(site, order, tuple(widths), tuple(errors))
+
+
+def fold_constant_units(network: Network, reader: Reader, gram: Tensor, gone: Tensor) -> None:
+    """Add to a reader's bias, in place, what those of the columns ``gone`` (bool [columns]) give that never vary over the data."""
+    node = next(node for node in network.graph.nodes if node.name == reader.node)
+    count = gram[:, -1:, -1]
+    mean = gram[:, :-1, -1] / count
+    squares = gram.diagonal(dim1=1, dim2=2)[:, :-1] / count
+    constants = gone & (squares - mean.square() <= CONSTANT * squares) & (squares > 0)
+    if bool(constants.any()):
+        weight = _with_bias(network, node, reader)
+        shift = (weight[:, :, :-1] @ (mean * constants)[:, :, None])[:, :, 0]
+        dtype = constant(network, node.args[1]).dtype
+        set_bias(network, node, (weight[:, :, -1] + shift).reshape(-1).to(dtype))

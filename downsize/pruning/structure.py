@@ -31,7 +31,7 @@ from .choice import Amount, choose
 from .costs import Costs, evaluate
 from .grams import with_grams
 from .importance import scores
-from .ladder import Ladder, climb, readings, repair_reader, surgeon_order, widths_of, without
+from .ladder import Ladder, climb, fold_constant_units, readings, repair_reader, surgeon_order, widths_of, without
 from .latency_limit import latency_amount, whole_latency
 from .layers import drop_layers
 from .pieces import Data, collected
@@ -71,7 +71,7 @@ def prune(network: Network, task: Task, settings: Settings, tune: Callable[[Netw
     """
     plain = prepared(network, settings.fold)
     data = collected(plain, task, settings.samples, settings.holdout) if settings.samples else None
-    given = give_biases(plain) if settings.refit else []
+    given = give_biases(plain) if settings.samples else []
     whole = _whole(plain, settings, task)
     share = settings.most if settings.most <= 1 else settings.most / whole
     made = plain
@@ -230,14 +230,15 @@ def repaired(
     """The cut network, its layers fitted to the original's values and its batch norms measured again, each kept if held-back data agrees."""
     judge = Judge(original, data.held)
     loss = judge(made)
+    start = shrunk(lineage, dead, without_units(lineage.network, found, dead, settings, data))
+    trials = [start]
     if settings.refit:
-        survivors = Survivors(lineage, dead, allow_empty=True)
-        start = shrunk(lineage, dead, without_units(lineage.network, found, dead, data, settings.damping))
-        fitted = start.fork()
-        refit_layers(original, fitted, data.fit, data.held, rows=kept_rows(fitted, lineage, survivors))
-        for trial in (start, fitted):
-            if (lower := judge(trial)) < loss:
-                loss, made = lower, trial
+        trials.append(start.fork())
+        rows = kept_rows(start, lineage, Survivors(lineage, dead, allow_empty=True))
+        refit_layers(original, trials[1], data.fit, data.held, rows=rows)
+    for trial in trials:
+        if (lower := judge(trial)) < loss:
+            loss, made = lower, trial
     if settings.renormalise and any(node.target is aten.batch_norm.default for node in made.graph.nodes):
         normed = made.fork()
         reestimate_batch_norms(normed, data.fit)
@@ -247,20 +248,23 @@ def repaired(
     return made
 
 
-def without_units(network: Network, found: Sequence[Site], dead: Mapping[str, list[int]], data: Data, damping: float) -> Network:
-    """A fork whose readers make up for the units that go, each by the optimum for the inputs that the network as it is gives."""
+def without_units(network: Network, found: Sequence[Site], dead: Mapping[str, list[int]], settings: Settings, data: Data) -> Network:
+    """A fork whose readers make up for the units that go: by the optimum for what they read of the others, or (without ``refit``) for those
+    that are constant alone, whose part goes into the bias."""
     made = network.fork()
     gone: dict[str, tuple[Reader, Tensor]] = {}
     for site in found:
         for reader in site.readers:
             mask = torch.isin(reader.unit, torch.tensor(dead.get(site.axis.name, []), dtype=torch.int64))
             gone[reader.node] = reader, mask | (gone[reader.node][1] if reader.node in gone else mask)
-    which = [site for site in found if site.axis.name in dead]
-    for _, grams in with_grams(network, which, data.fit, data.port):
+    for _, grams in with_grams(network, [site for site in found if site.axis.name in dead], data.fit, data.port):
         for name, gram in grams.items():
-            reader, mask = gone.pop(name, (None, None))
-            if reader is not None:
-                repair_reader(made, reader, gram, mask, damping)
+            if name in gone:
+                reader, mask = gone.pop(name)
+                if settings.refit:
+                    repair_reader(made, reader, gram, mask, settings.damping)
+                else:
+                    fold_constant_units(made, reader, gram, mask)
     made.recompile()
     return made
 

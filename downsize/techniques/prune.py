@@ -82,8 +82,12 @@ class Prune:
             AllocationError: so little cannot remain; the message says how little can.
             CutError: the network is quantized, or the cut network does not compute what it should, which would be a fault of downsize.
         """
+        return prune(network, task, self.settings())
+
+    def settings(self) -> Settings:
+        """What was asked for, with what it implies; for :func:`downsize.pruning.structure.prune`, which can train between rounds."""
         (name,) = [name for name in AMOUNTS if getattr(self, name) is not None]
-        settings = Settings(
+        return Settings(
             amount=name,
             most=getattr(self, name),
             scope="layer" if name == "ratio" else self.scope,
@@ -98,4 +102,3 @@ class Prune:
             holdout=self.holdout,
             damping=self.damping,
         )
-        return prune(network, task, settings)
