@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from ..network.columns import MATRIX_LAYERS, groups_of
 from ..network.empty import can_empty
 from ..network.lineage import Axis, Lineage
 from ..network.network import Network
+from ..network.rewrite import argument, constant
 
 KINDS = ("channels", "heads", "neurons", "head_dims", "width")
 
@@ -22,16 +24,17 @@ KINDS = ("channels", "heads", "neurons", "head_dims", "width")
 @dataclass(frozen=True, eq=False)
 class Reader:
     """A linear layer or convolution that reads an axis: its node's name, its groups, and the unit of each column of its weight matrix
-    (int64 [columns], -1 for columns of no unit)."""
+    (int64 [columns], -1 for columns of no unit). ``own``: nothing else reads its weight and bias, so that they may be changed."""
 
     node: str
     groups: int
     unit: Tensor
+    own: bool
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """An axis with its readers. ``whole``: these readers are all there are, so that zero columns in them are what a cut computes.
+    """An axis with its readers. ``whole``: these are all there are, and their own, so that zero columns in them are what a cut computes.
     ``emptiable``: all its units may go."""
 
     axis: Axis
@@ -47,7 +50,10 @@ def sites(lineage: Lineage, what: Sequence[str] = ("channels", "heads", "neurons
     """
     names = {id(lineage.network.tensor(name)): name for name, _ in lineage.constants.values()}
     layers = [node for node in lineage.network.graph.nodes if node.target in MATRIX_LAYERS and node.args[1].op == "get_attr"]
-    return tuple(_site(lineage, axis, layers, names) for axis in lineage.axes if axis.kind in what and axis.units > 1)
+    readings = Counter(
+        id(lineage.network.tensor(str(node.target))) for node in lineage.network.graph.nodes if node.op == "get_attr" for _ in node.users
+    )
+    return tuple(_site(lineage, axis, layers, names, readings) for axis in lineage.axes if axis.kind in what and axis.units > 1)
 
 
 def first_reader(network: Network, site: Site) -> fx.Node:
@@ -62,19 +68,24 @@ def in_order(network: Network, found: Sequence[Site]) -> list[Site]:
     return sorted(found, key=lambda site: min((rank[reader.node] for reader in site.readers), default=len(rank)))
 
 
-def _site(lineage: Lineage, axis: Axis, layers: Sequence[fx.Node], names: dict[int, str]) -> Site:
+def _site(lineage: Lineage, axis: Axis, layers: Sequence[fx.Node], names: dict[int, str], readings: Counter[int]) -> Site:
     readers = []
     for node in layers:
         tensor = lineage.network.tensor(str(node.args[1].target))
         unit = axis.carriers.get((names[id(tensor)], 1))
         if unit is not None:
             each = tensor[0, 0].numel()
-            readers.append(Reader(node.name, groups_of(node), torch.from_numpy(np.repeat(unit, each))))
+            readers.append(Reader(node.name, groups_of(node), torch.from_numpy(np.repeat(unit, each)), _is_own(lineage.network, node, readings)))
     known = {reader.node for reader in readers}
     atoms = set(axis.atoms.tolist())
     whole = axis.exact and all(read.node.name in known for read in lineage.reads if _reads(lineage, read.source, read.dim, atoms))
-    whole = whole and bool(readers)
+    whole = whole and bool(readers) and all(reader.own for reader in readers)
     return Site(axis, tuple(readers), whole, whole and can_empty(lineage, axis))
+
+
+def _is_own(network: Network, node: fx.Node, readings: Counter[int]) -> bool:
+    tensors = [constant(network, node.args[1]), constant(network, argument(node, 2, "bias"))]
+    return all(tensor is None or readings[id(tensor)] == 1 for tensor in tensors)
 
 
 def _reads(lineage: Lineage, source: fx.Node, dim: int, atoms: set[int]) -> bool:

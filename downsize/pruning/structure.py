@@ -254,7 +254,7 @@ def without_units(network: Network, found: Sequence[Site], dead: Mapping[str, li
     made = network.fork()
     gone: dict[str, tuple[Reader, Tensor]] = {}
     for site in found:
-        for reader in site.readers:
+        for reader in [reader for reader in site.readers if reader.own]:
             mask = torch.isin(reader.unit, torch.tensor(dead.get(site.axis.name, []), dtype=torch.int64))
             gone[reader.node] = reader, mask | (gone[reader.node][1] if reader.node in gone else mask)
     for _, grams in with_grams(network, [site for site in found if site.axis.name in dead], data.fit, data.port):
