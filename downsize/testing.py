@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,9 @@ from onnx import helper
 from torch import Tensor, fx
 
 from .facts import Agreement
+from .network.empty import shrunk
+from .network.lineage import Lineage
+from .network.masked import masked
 from .network.network import Network, batch_of
 from .network.rewrite import constant
 from .network.statistics import Hook, walk
@@ -73,6 +76,23 @@ def neutral_equals_identity(before: Network, after: Network, inputs: Any, tolera
         worst = max(worst, _gap(flatten(before.predict(trial))[0], flatten(after.predict(trial))[0]))
     assert worst <= tolerance, f"neutral == identity: they differ by {worst:.3g} of the largest value; allowed {tolerance:.3g}."
     return worst
+
+
+def cut_equals_masked(network: Network, dead: Mapping[str, Iterable[int]], inputs: Any, tolerance: float = 1e-5) -> Network:
+    """Cutting units equals masking them: what the readers of dead positions take is zero, statistics are over the living (``network.masked``).
+
+    Args:
+        dead: axis name -> the units that go, see :func:`downsize.network.lineage.axes`.
+        tolerance: of the largest value of an output; axes that are not ``exact`` need about 1e-4.
+
+    Returns: the cut network.
+    """
+    lineage = Lineage(network)
+    oracle, made = masked(lineage, dead), shrunk(lineage, {name: list(units) for name, units in dead.items()})
+    for trial in _sizes(network, inputs):
+        gap = _gap(flatten(oracle.predict(trial))[0], flatten(made.predict(trial))[0])
+        assert gap <= tolerance, f"cut == masked: they differ by {gap:.3g} of the largest value; allowed {tolerance:.3g}."
+    return made
 
 
 def loaded_equals_live(network: Network, inputs: Any, folder: str | Path | None = None) -> Network:
