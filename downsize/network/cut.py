@@ -174,10 +174,10 @@ def _sizes(position: int) -> Rewrite:
         for dim, (size, vector) in enumerate(zip(spelled, vectors, strict=True)):
             if survivors.of(vector).all() or size == -1:
                 continue
-            # A size that was computed from shapes: the runtime finds it.
+            # A size that was computed from shapes: the runtime finds it, and what it was left to find before is spelled.
+            if isinstance(size, fx.Node):
+                spelled = [survivors.count(v) if old == -1 else old for old, v in zip(spelled, vectors, strict=True)]
             spelled[dim] = -1 if isinstance(size, fx.Node) else survivors.count(vector)
-        if spelled.count(-1) > 1:
-            spelled = [survivors.count(v) if old == -1 else new for old, new, v in zip(node.args[position], spelled, vectors, strict=True)]
         if spelled != list(node.args[position]):
             given = [dim if not isinstance(dim, fx.Node) else twin.args[position][i] for i, dim in enumerate(spelled)]
             twin.update_arg(position, given)
