@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,12 @@ from typing import Any
 import torch
 from pruning_judge import OUTCOMES, Outcome, judge, output_layers, tensors
 from torch import nn
+
+from downsize.network.capture import capture
+from downsize.network.cut import cut
+from downsize.network.lineage import Lineage
+from downsize.network.network import Network
+from downsize.numerics.importance import magnitude
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))
@@ -58,8 +64,35 @@ def torch_pruning(model: nn.Module, example: Any, ratio: float) -> nn.Module:
     return model
 
 
+class Cut:
+    """A network of downsize's, called as the model is, with the model's parameters by their names; those that it never reads are as they were."""
+
+    def __init__(self, network: Network, model: nn.Module) -> None:
+        self.network, self.model = network, model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network(*args, **kwargs)
+
+    def named_parameters(self, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        cut = dict(self.network.named_tensors())
+        aliases = {id(tensor): name for name, tensor in self.model.named_parameters(remove_duplicate=False) if name in cut}
+        for name, tensor in self.model.named_parameters(remove_duplicate=remove_duplicate):
+            yield name, cut[aliases[id(tensor)]] if id(tensor) in aliases else tensor
+
+
+def downsize(model: nn.Module, example: Any, ratio: float) -> Cut:
+    """``ratio`` of the units of every axis removed, those with the least L2 norms; every axis keeps one."""
+    lineage = Lineage(capture(model, example))
+    dead = {}
+    for axis in lineage.axes:
+        parts = [(lineage.network.tensor(name), dim, torch.from_numpy(unit)) for (name, dim), unit in axis.carriers.items()]
+        order = magnitude(parts, axis.units).argsort()
+        dead[axis.name] = order[: min(round(ratio * axis.units), axis.units - 1)].tolist()
+    return Cut(cut(lineage, dead), model)
+
+
 # A tool gets a model, an example and a ratio, and returns what is called like the model and has its parameters by their names.
-TOOLS: dict[str, Tool] = {"torch-pruning": torch_pruning}
+TOOLS: dict[str, Tool] = {"downsize": downsize, "torch-pruning": torch_pruning}
 
 
 def main() -> int:
