@@ -272,7 +272,7 @@ def _roll(lineage: Positions, node: fx.Node) -> Dims:
 VIEWS: dict[str, Rule] = {
     **dict.fromkeys(["view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", "ravel"], _view),
     **dict.fromkeys(("view_as", "reshape_as"), _view_like),
-    **dict.fromkeys(["clone", "contiguous", "_to_copy", "to", "detach", "alias", "lift_fresh_copy"], same),
+    **dict.fromkeys(["clone", "contiguous", "_to_copy", "to", "detach", "alias", "lift_fresh_copy", "type_as"], same),
     **dict.fromkeys(["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"], same),
     "permute": _permuted(lambda node, rank: [dim % rank for dim in node.args[1]]),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _permuted(_swapped)),
