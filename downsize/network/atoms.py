@@ -166,10 +166,12 @@ class Atoms:
                     return
         if not a or not b:
             self._freeze_atoms(a | b)
-        else:
-            oldest = min(a | b)
-            for atom in (a | b) - {oldest}:
-                self._parent[atom] = oldest
+            return
+        # Equal atoms make equal conjunctions. Pairing them by age matches heads with heads, members with members.
+        rest = sorted(a - b), sorted(b - a)
+        tied = zip(*rest, strict=True) if len(rest[0]) == len(rest[1]) else ((min(a | b), atom) for atom in a | b)
+        for pair in tied:
+            self._parent[max(pair)] = min(pair)
 
     def freeze(self, ids: Ids) -> None:
         """These positions never die."""

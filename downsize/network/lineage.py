@@ -124,8 +124,7 @@ def _axes(lineage: Lineage) -> Iterator[Axis]:
     atoms, members = lineage.atoms, _members(lineage)
     tables = {(name, dim): members[vector] for name, dims in lineage.constants.values() for dim, vector in enumerate(dims)}
     leaves = np.unique(np.concatenate([np.zeros(1, np.int64), *(table.ravel() for table in tables.values())]))[1:]
-    block, unit = np.full(len(members), -1), np.full(len(members), -1)
-    block[leaves] = atoms.block(leaves)
+    block, unit = _groups(tables, leaves, atoms.block(leaves), len(members)), np.full(len(members), -1)
     units = {int(one): leaves[block[leaves] == one] for one in np.unique(block[leaves])}
     for own in units.values():
         unit[own] = np.arange(len(own))
@@ -133,12 +132,38 @@ def _axes(lineage: Lineage) -> Iterator[Axis]:
     inexact, kinds = lineage.inexact(), lineage.kinds()
     names: dict[str, int] = {}
     for one, own in units.items():
+        if not any(isinstance(lineage.network.tensor(name), torch.nn.Parameter) for name, _ in carried[one]):
+            continue  # positions of tables that nothing was learned in
         exact = inexact.isdisjoint(own.tolist())
         kind = _kind(set[str]().union(*(kinds.get(leaf, set()) for leaf in own.tolist())), exact)
-        name = _name(atoms.births[one], kind)
+        name = _name(_born(lineage, atoms.births[int(atoms.block(own[0]))], carried[one]), kind)
         names[name] = names.get(name, 0) + 1
         name = name if names[name] == 1 else f"{name}#{names[name]}"
         yield Axis(name, kind, own, exact, carried[one])
+
+
+def _groups(tables: dict[Key, np.ndarray], leaves: np.ndarray, blocks: np.ndarray, ids: int) -> np.ndarray:
+    """The axis of each atom, [ids], -1 for others: atoms are of one axis if they were born together and the same tensors carry them.
+
+    So each tensor that carries an axis carries all of its units, and keeps one if the axis does.
+    """
+    # Which tensors carry an atom, as the sum of random numbers of theirs.
+    random, carriers = np.random.default_rng(0), np.zeros(ids, np.int64)
+    for table in tables.values():
+        carriers[np.unique(table)] += random.integers(2**62)
+    pairs = np.stack([blocks, carriers[leaves]])
+    _, first, group = np.unique(pairs, axis=1, return_index=True, return_inverse=True)
+    found = np.full(ids, -1)
+    found[leaves] = np.argsort(np.argsort(first))[group.reshape(-1)]  # numbered in the order of birth
+    return found
+
+
+def _born(lineage: Lineage, birth: str, carried: dict[Key, np.ndarray]) -> str:
+    """The name of the tensor in which an axis was born, or, if that carries other axes too, of the first whose rows are its units alone."""
+    if any(name == birth and bool((unit >= 0).all()) for (name, _), unit in carried.items()):
+        return birth
+    made = (name for (name, dim), unit in carried.items() if dim == 0 and bool((unit >= 0).all()) and lineage.network.tensor(name).dim() > 1)
+    return next(made, birth)
 
 
 def _members(lineage: Lineage) -> np.ndarray:
