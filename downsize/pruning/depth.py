@@ -146,24 +146,27 @@ def choose_blocks(
         SpecError: not exactly one amount, one that makes no sense, or one that cannot be reached (the message says how far one gets).
         TaskError: the network gives no float output to judge by.
     """
-    found = blocks(network)
-    candidates = list(among if among is not None else main_layers(found) if layers is not None else found)
-    given = [value for value in (macs, parameters, layers) if value is not None]
-    if len(given) != 1 or (layers is None and not 0 < given[0] < 1) or (layers is not None and not 0 <= layers <= len(candidates)):
-        raise SpecError(
-            f"Blocks are to be taken out with macs={macs}, parameters={parameters}, layers={layers}; expected one of them: a fraction between "
-            f"0 and 1, or a number of layers that remain (the network has {len(candidates)} that can go)."
-        )
-    search = _Search(network, pieces, "macs" if macs is not None else "parameters" if parameters is not None else "layers", candidates)
-    chosen, path = search.greedily(given[0])
+    found = blocks(network) if among is None else among
+    candidates = list(main_layers(found) if among is None and layers is not None else found)
+    amount, most = _amount(macs, parameters, layers, len(candidates))
+    search = _Search(network, pieces, amount, candidates)
+    chosen, path = search.greedily(most)
     if 1 < comb(len(candidates), len(chosen)) <= subsets:
         for other in combinations(candidates, len(chosen)):
             search.measure(other)
-    best = search.best(given[0])
-    trial = search.trials[best]
-    taken = [block for block in candidates if block.name in best]
-    names = tuple(block.name for block in taken)
-    return Depth(names, trial.error, trial.left["macs"], trial.left["parameters"], path, spans(taken))
+    best = search.best(most)
+    taken, trial = [block for block in candidates if block.name in best], search.trials[best]
+    return Depth(tuple(block.name for block in taken), trial.error, trial.left["macs"], trial.left["parameters"], path, spans(taken))
+
+
+def _amount(macs: float | None, parameters: float | None, layers: int | None, count: int) -> tuple[str, float]:
+    given = [(name, value) for name, value in (("macs", macs), ("parameters", parameters), ("layers", layers)) if value is not None]
+    if len(given) != 1 or not (0 <= given[0][1] <= count if layers is not None else 0 < given[0][1] < 1):
+        raise SpecError(
+            f"Blocks are to be taken out with macs={macs}, parameters={parameters}, layers={layers}; expected one of them: a fraction between "
+            f"0 and 1, or a number of layers that remain (the network has {count} that can go)."
+        )
+    return given[0]
 
 
 @dataclass(frozen=True)
