@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from .memory import may_alias, writes
+from .memory import is_written, writes
 from .network import Network
 from .rewrite import add_constant
 
@@ -28,11 +28,12 @@ def fold_constants(network: Network) -> int:
                 values[node] = value
     for node in list(values):
         outside = [user for user in node.users if user not in values]
-        if node.op == "get_attr" or not outside or may_alias(node):
+        if node.op == "get_attr" or not outside or is_written(node):
             continue
         sources = _sources(node)
-        if values[node].numel() <= sum(network.tensor(str(source.target)).numel() for source in sources):
-            trainable = any(isinstance(network.tensor(str(source.target)), torch.nn.Parameter) for source in sources)
+        tensors = [network.tensor(str(source.target)) for source in sources]
+        if not _is_view(values[node], tensors) and values[node].numel() <= sum(tensor.numel() for tensor in tensors):
+            trainable = any(isinstance(tensor, torch.nn.Parameter) for tensor in tensors)
             value = torch.nn.Parameter(values[node]) if trainable else values[node]
             made = add_constant(network, _name(sources), value, node)
             node.replace_all_uses_with(made)
@@ -55,6 +56,11 @@ def _value(network: Network, node: fx.Node, values: dict[fx.Node, Tensor]) -> Te
     return value if isinstance(value, Tensor) and value.is_floating_point() else None
 
 
+def _is_view(value: Tensor, sources: list[Tensor]) -> bool:
+    """Whether a value is no other numbers than one of the constants it is made from, only seen otherwise."""
+    return any(value.untyped_storage().data_ptr() == source.untyped_storage().data_ptr() for source in sources)
+
+
 def _sources(node: fx.Node) -> list[fx.Node]:
     """The constants that a node is computed from."""
     found: dict[fx.Node, None] = {}
@@ -68,6 +74,9 @@ def _sources(node: fx.Node) -> list[fx.Node]:
 
 
 def _name(sources: list[fx.Node]) -> str:
-    """The largest common module path, and ``weight``: what a parametrization was put on."""
-    path = str(sources[0].target).split(".parametrizations.")[0].rpartition(".")[0]
+    """What a parametrization was put on, where that can be told; else ``weight`` of the module that holds the first source."""
+    module, parametrized, rest = str(sources[0].target).partition(".parametrizations.")
+    if parametrized:
+        return f"{module}.{rest.partition('.')[0]}"
+    path = module.rpartition(".")[0]
     return f"{path}.weight" if path else "weight"
