@@ -35,13 +35,13 @@ class Costs:
     Args:
         axes: numbers stand for these in the polynomials.
 
-    Operators that have no formula of widths here, but MACs, count as constant; :attr:`constant_operators` lists them.
+    Operators that have MACs but no formula of widths here are left out; :attr:`left_out` names them.
     """
 
     def __init__(self, lineage: Lineage, axes: Sequence[Any]) -> None:
         self.lineage = lineage
         self.axes = tuple(axes)
-        self.constant_operators: set[str] = set()
+        self.left_out: set[str] = set()
         members = lineage.atoms.members()
         owner = np.full(len(members), -1)
         for number, axis in enumerate(axes):
@@ -76,7 +76,7 @@ class Costs:
             if node.op == "call_function" and node.target in COUNTED:
                 sizes = SIZES.get(operator_name(node))
                 if sizes is None:
-                    self.constant_operators.add(operator_name(node))
+                    self.left_out.add(operator_name(node))
                     continue
                 found[node] = total(product(map(self.size, vectors)) for vectors in sizes(self.lineage.dims, node))
         return found
@@ -155,10 +155,20 @@ def _recurrent(dims: dict[fx.Node, Any], node: fx.Node) -> list[list[Ids]]:
 
 
 def _einsum(dims: dict[fx.Node, Any], node: fx.Node) -> list[list[Ids]]:
+    operands = [dims[operand] for operand in node.args[1]]
+    if len(operands) < 2:
+        return []
     letters: dict[str, Ids] = {}
-    for term, operand in zip(node.args[0].replace(" ", "").split("->")[0].split(","), node.args[1], strict=True):
-        letters.update(zip(term, dims[operand], strict=True))
+    for term, vectors in zip(node.args[0].replace(" ", "").split("->")[0].split(","), operands, strict=True):
+        before, dots, behind = term.partition("...")
+        hidden = [f".{i}" for i in range(len(vectors) - len(before) - len(behind), 0, -1)] if dots else []
+        for letter, vector in zip([*before, *hidden, *behind], vectors, strict=True):
+            letters[letter] = max(vector, letters.get(letter, vector), key=len)
     return [list(letters.values())]
+
+
+def _outer(dims: dict[fx.Node, Any], node: fx.Node) -> list[list[Ids]]:
+    return [[*dims[node]]]
 
 
 SIZES: dict[str, Sizes] = {
@@ -166,6 +176,7 @@ SIZES: dict[str, Sizes] = {
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed),
     "linear": _linear, **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot"), _matmul(0)), **dict.fromkeys(("addmm", "addmv", "baddbmm"), _matmul(1)),
     "scaled_dot_product_attention": _attention, **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent), "einsum": _einsum,
+    "outer": _outer,
 }  # fmt: skip
 
 
