@@ -33,7 +33,8 @@ from pruning_judge import OUTCOMES, Outcome, judge, output_layers, tensors
 from torch import nn
 
 from downsize.network.capture import capture
-from downsize.network.cut import cut
+from downsize.network.cut import Survivors, cut
+from downsize.network.fold import fold_constants
 from downsize.network.lineage import Lineage
 from downsize.network.network import Network
 from downsize.numerics.importance import magnitude
@@ -65,10 +66,13 @@ def torch_pruning(model: nn.Module, example: Any, ratio: float) -> nn.Module:
 
 
 class Cut:
-    """A network of downsize's, called as the model is, with the model's parameters by their names; those that it never reads are as they were."""
+    """A network of downsize's, called as the model is, with the model's parameters by their names.
 
-    def __init__(self, network: Network, model: nn.Module) -> None:
-        self.network, self.model = network, model
+    Those that it never reads are as they were; the parts of a weight that was computed once (weight norm) lose the weight's positions.
+    """
+
+    def __init__(self, network: Network, model: nn.Module, survivors: Survivors) -> None:
+        self.network, self.model, self.survivors = network, model, survivors
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.network(*args, **kwargs)
@@ -77,18 +81,30 @@ class Cut:
         cut = dict(self.network.named_tensors())
         aliases = {id(tensor): name for name, tensor in self.model.named_parameters(remove_duplicate=False) if name in cut}
         for name, tensor in self.model.named_parameters(remove_duplicate=remove_duplicate):
-            yield name, cut[aliases[id(tensor)]] if id(tensor) in aliases else tensor
+            yield name, cut[aliases[id(tensor)]] if id(tensor) in aliases else self._part(name, tensor)
+
+    def _part(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        whole = f"{name.split('.parametrizations.')[0]}.weight"
+        lineage = self.survivors.lineage
+        for constant, dims in lineage.constants.values() if ".parametrizations." in name else ():
+            if constant == whole:
+                for dim, vector in enumerate(dims):
+                    if tensor.shape[dim] == len(vector):
+                        tensor = tensor.index_select(dim, torch.from_numpy(self.survivors.of(vector).nonzero()[0]))
+        return tensor
 
 
 def downsize(model: nn.Module, example: Any, ratio: float) -> Cut:
     """``ratio`` of the units of every axis removed, those with the least L2 norms; every axis keeps one."""
-    lineage = Lineage(capture(model, example))
+    network = capture(model, example)
+    fold_constants(network)
+    lineage = Lineage(network)
     dead = {}
     for axis in lineage.axes:
-        parts = [(lineage.network.tensor(name), dim, torch.from_numpy(unit)) for (name, dim), unit in axis.carriers.items()]
+        parts = [(network.tensor(name), dim, torch.from_numpy(unit)) for (name, dim), unit in axis.carriers.items()]
         order = magnitude(parts, axis.units).argsort()
         dead[axis.name] = order[: min(round(ratio * axis.units), axis.units - 1)].tolist()
-    return Cut(cut(lineage, dead), model)
+    return Cut(cut(lineage, dead), model, Survivors(lineage, dead))
 
 
 # A tool gets a model, an example and a ratio, and returns what is called like the model and has its parameters by their names.
