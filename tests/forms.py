@@ -277,7 +277,7 @@ RECURRENT: dict[str, Row] = {
 VIEWS: dict[str, Row] = {
     "written into views": (lambda: linears(written_into), V, "neurons 2, neurons 4"),
     "written into zeros": (lambda: linears(filled, both=nn.Linear(16, 3)), V, "neurons 8, neurons 8"),
-    "slices": (lambda: Net(slices, one=nn.Linear(6, 8), a=nn.Linear(5, 3), b=nn.Linear(5, 3), c=nn.Linear(6, 3)), V, "neurons 6"),
+    "slices": (lambda: Net(slices, one=nn.Linear(6, 8), a=nn.Linear(5, 3), b=nn.Linear(5, 3), c=nn.Linear(6, 3)), V, "neurons 2, neurons 2"),
     "repeated": (lambda: Net(repeated, one=nn.Linear(6, 8), a=nn.Linear(32, 3), b=nn.Linear(16, 3), c=nn.Linear(16, 3)), V, "neurons 8, neurons 4"),
     "squeezed": (lambda: linears(squeezed), V, "neurons 8"),
     "unflattened": (lambda: linears(lambda n, x: n.two((n.one(x).unflatten(1, (2, 4)) * n.other(x).unflatten(-1, (-1, 4))).flatten(1))), V,
@@ -313,7 +313,7 @@ CONVOLUTIONS: dict[str, Row] = {
         "channels 4, channels 4",
     ),
     "padding by word": (
-        lambda: convs(lambda n, x: n.two(n.one(x)), one=nn.Conv2d(3, 8, 4, padding="same"), two=nn.Conv2d(8, 4, 3, padding="valid")),
+        lambda: convs(lambda n, x: n.two(n.one(x)), one=nn.Conv2d(3, 8, 3, padding="same"), two=nn.Conv2d(8, 4, 3, padding="valid")),
         P,
         "channels 8",
     ),
@@ -392,7 +392,7 @@ STATISTICS: dict[str, Row] = {
     "response norm": (lambda: Net(response_norm, one=conv(3, 8), last=nn.Linear(8, 4), gain=weight(1, 1, 1, 8)), P, "~width 8"),
     "weights without their mean": (lambda: convs(weights_without_mean, one=conv(3, 6), w=weight(8, 6, 3, 3)), P, "channels 8, ~width 6"),
     "mean of a part": (lambda: linears(lambda n, x: n.two(n.one(x)[:, 4:]) * n.one(x)[:, :4].mean(1, keepdim=True), two=nn.Linear(4, 3)), V,
-                       "~width 8"),
+                       "~width 4, neurons 4"),
     "centred products": (lambda: pairs(lambda n, z, x: n.two((z - z.mean((1, 2), keepdim=True)).flatten(1))), V, "~width 8, ~width 7"),
 }  # fmt: skip
 TABLES = {**ATTENTION, **RECURRENT, **VIEWS, **CONVOLUTIONS, **PRODUCTS, **STATISTICS}

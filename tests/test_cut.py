@@ -65,7 +65,7 @@ def deaths(lineage: Lineage, seed: int = 1) -> list[dict[str, list[int]]]:
 
 
 def assert_cut_is_mask(lineage: Lineage, inputs: Callable[[int], Any], dead: dict[str, list[int]], batches: tuple[int, ...] = (1, 3)) -> bool:
-    """Returns whether that cut is legal: it may be that units of several axes, or of one that is split, make up the whole of a dimension."""
+    """Returns whether the cut changes anything. It need not be legal: units of several axes, or of one that is split, may be a whole dimension."""
     try:
         made, oracle = cut(lineage, dead), masked(lineage, dead)
     except CutError as error:
@@ -74,9 +74,7 @@ def assert_cut_is_mask(lineage: Lineage, inputs: Callable[[int], Any], dead: dic
     exact = all(lineage.axis(name).exact for name in dead)
     for batch in batches:
         assert gap(made.predict(inputs(batch)), oracle.predict(inputs(batch))) < (EXACT if exact else STATISTIC), (dead, batch)
-    changed = gap(made.predict(inputs(3)), lineage.network.predict(inputs(3)))
-    assert changed > 1e-6, f"cutting {dead} changes nothing"
-    return True
+    return gap(made.predict(inputs(3)), lineage.network.predict(inputs(3))) > STATISTIC
 
 
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FORMS])
