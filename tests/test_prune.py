@@ -1,5 +1,7 @@
 """prune() as a whole: what it leaves, what it loses, chains with other techniques, and what it refuses."""
 
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import functools
@@ -135,6 +137,26 @@ def test_rounds_reach_the_same_amount_and_tune_between():
 
     prune_in_rounds(network, task, Prune(macs=0.5, rounds=2).settings(), tune)
     assert len(seen) == 2 and 0.5 < seen[0] <= 0.5**0.5 and seen[1] <= 0.5
+
+
+def test_rounds_are_repaired_towards_the_original():
+    """Oracle: one round. Two rounds lose about as much; with targets of other channels they would lose all."""
+    torch.manual_seed(0)
+    model = perceptron(32, 64, 64, 8)
+    network, once, task = made_by(model, torch.zeros(2, 32), Prune(ratio=0.5), batches=80)
+    twice = Prune(ratio=0.5, rounds=2)(network, task)
+    inputs = like(torch.zeros(2, 32), 256, 999)
+    assert error(network, twice, inputs) < 1.3 * error(network, once, inputs)
+
+
+def test_ladders_rise_and_prune_nothing():
+    network, task = residual()
+    before = network.fingerprint()
+    ladders = Prune(macs=0.5).ladder(network, task)
+    assert len(ladders) == 3 and network.fingerprint() == before
+    for ladder in ladders:
+        assert ladder.errors[0] == 0 and list(ladder.errors) == sorted(ladder.errors)
+        assert list(ladder.widths) == sorted(ladder.widths, reverse=True)
 
 
 # What is lost -----------------------------------------------------------------------------------------------------------------------

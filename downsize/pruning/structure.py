@@ -74,13 +74,21 @@ def prune(network: Network, task: Task, settings: Settings, tune: Callable[[Netw
     given = give_biases(plain) if settings.samples else []
     whole = _whole(plain, settings, task)
     share = settings.most if settings.most <= 1 else settings.most / whole
-    made = plain
+    made, rows = plain, dict[str, Tensor]()
     for step in range(1, settings.rounds + 1):
         left = share ** (1 / settings.rounds) if settings.amount == "ratio" else whole * share ** (step / settings.rounds)
-        made = _step(plain, made, task, replace(settings, most=left), data)
+        made = _step(plain, made, task, replace(settings, most=left), data, rows)
         made = tune(made) if tune else made
     drop_zero_biases(made, given)
     return made
+
+
+def ladders_of(network: Network, task: Task, settings: Settings) -> list[Ladder]:
+    """What each width of each axis of the network costs in error, without pruning anything."""
+    plain = prepared(network, settings.fold)
+    data = collected(plain, task, settings.samples, settings.holdout) if settings.samples else None
+    lineage = Lineage(plain)
+    return climbed(lineage, in_order(plain, sites(lineage, settings.what)), task, settings, data)
 
 
 def give_biases(network: Network) -> list[str]:
@@ -103,7 +111,7 @@ def drop_zero_biases(network: Network, layers: Sequence[str]) -> None:
 
 
 def prepared(network: Network, fold: bool) -> Network:
-    """A fork in evaluation mode and in the plainest form.
+    """A fork in evaluation mode and in the plainest form; without ``fold`` it keeps what only training needs: batch norms, dropout.
 
     Raises:
         CutError: it is quantized.
@@ -111,15 +119,16 @@ def prepared(network: Network, fold: bool) -> Network:
     made = network.fork().eval()
     if any(node.target in QUANTIZERS for node in made.graph.nodes):
         raise CutError("The network is quantized already, its weights are on grids: prune first, then quantize.")
-    drop_identities(made)
     fold_constants(made)
     if fold:
+        drop_identities(made)
         fold_batch_norm(made)
     fold_padding(made)
     return made
 
 
-def _step(original: Network, network: Network, task: Task, settings: Settings, data: Data | None) -> Network:
+def _step(original: Network, network: Network, task: Task, settings: Settings, data: Data | None, rows: dict[str, Tensor]) -> Network:
+    """One round. ``rows``: by layer which of the original's outputs are left, brought up to date here."""
     if "layers" in settings.what:
         assert data is not None  # the technique has checked it
         share = settings.most if settings.amount == "ratio" else settings.most / _whole(network, settings, task)
@@ -132,9 +141,10 @@ def _step(original: Network, network: Network, task: Task, settings: Settings, d
     ladders = climbed(lineage, found, task, settings, data)
     dead = choose(ladders, amount_of(lineage, found, settings, task), settings.scope)
     made = shrunk(lineage, dead)
+    rows |= kept_rows(lineage, Survivors(lineage, dead, allow_empty=True), rows)
     _prove(lineage, dead, made, data)
     if data is not None:
-        made = repaired(original, made, lineage, found, dead, settings, data)
+        made = repaired(original, made, lineage, found, dead, settings, data, rows)
     made.origin["pruned"] = _told(lineage, dead, settings)
     return made
 
@@ -225,7 +235,14 @@ def _random_inputs(network: Network) -> list[Tensor]:
 
 
 def repaired(
-    original: Network, made: Network, lineage: Lineage, found: Sequence[Site], dead: Mapping[str, list[int]], settings: Settings, data: Data
+    original: Network,
+    made: Network,
+    lineage: Lineage,
+    found: Sequence[Site],
+    dead: Mapping[str, list[int]],
+    settings: Settings,
+    data: Data,
+    rows: Mapping[str, Tensor],
 ) -> Network:
     """The cut network, its layers fitted to the original's values and its batch norms measured again, each kept if held-back data agrees."""
     judge = Judge(original, data.held)
@@ -234,8 +251,8 @@ def repaired(
     trials = [start]
     if settings.refit:
         trials.append(start.fork())
-        rows = kept_rows(start, lineage, Survivors(lineage, dead, allow_empty=True))
-        refit_layers(original, trials[1], data.fit, data.held, rows=rows)
+        here = {node.name for node in start.graph.nodes}
+        refit_layers(original, trials[1], data.fit, data.held, rows={name: kept for name, kept in rows.items() if name in here})
     for trial in trials:
         if (lower := judge(trial)) < loss:
             loss, made = lower, trial
@@ -269,15 +286,16 @@ def without_units(network: Network, found: Sequence[Site], dead: Mapping[str, li
     return made
 
 
-def kept_rows(made: Network, lineage: Lineage, survivors: Survivors) -> dict[str, Tensor]:
-    """For each layer with fewer outputs than before, which they are."""
+def kept_rows(lineage: Lineage, survivors: Survivors, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For each layer that has lost outputs, now or before, which of the original's are left."""
     rows = {}
-    here = {node.name for node in made.graph.nodes}
     for node in lineage.network.graph.nodes:
-        if node.target in MATRIX_LAYERS and node.args[1].op == "get_attr" and node.name in here:
-            alive = survivors.of(lineage.dims[node.args[1]][0])
-            if not alive.all():
-                rows[node.name] = torch.from_numpy(alive.nonzero()[0])
+        if node.target in MATRIX_LAYERS and node.args[1].op == "get_attr":
+            alive = torch.from_numpy(survivors.of(lineage.dims[node.args[1]][0]))
+            if node.name in before:
+                rows[node.name] = before[node.name][alive]
+            elif not bool(alive.all()):
+                rows[node.name] = alive.nonzero()[:, 0]
     return rows
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 
 from ..errors import SpecError
 from ..network.network import Network
-from ..pruning.structure import Settings, prune
+from ..pruning.ladder import Ladder
+from ..pruning.structure import Settings, ladders_of, prune
 from ..spec import frozen
 from ..task import Task
 
@@ -35,7 +37,7 @@ class Prune:
             (gradients of the loss if there are class labels, else of the outputs); ``geometric_median``; ``energy`` of what is read; ``random``.
         refit: fit the layers that read cut units in closed form; each only if it helps on held-back samples.
         renormalise: measure batch norms again, where ``fold`` left any.
-        fold: fold batch norms into convolutions first, which repairs better; False keeps them for training.
+        fold: fold batch norms into convolutions first, which repairs better, and drop dropout; False keeps both for training.
         rounds: cut in so many steps, each chosen anew on what the last one left.
         multiple: widths are multiples of this, where an axis has four times as many units; kernels work in blocks of 8 or 16.
         samples: calibration samples used at most, of which every ``holdout``-th judges the choices; 0: use no data (then units are
@@ -83,6 +85,10 @@ class Prune:
             CutError: the network is quantized, or the cut network does not compute what it should, which would be a fault of downsize.
         """
         return prune(network, task, self.settings())
+
+    def ladder(self, network: Network, task: Task) -> list[Ladder]:
+        """What each width of each axis costs in error: see :class:`~downsize.pruning.ladder.Ladder`. Nothing is pruned."""
+        return ladders_of(network, task, replace(self.settings(), scope="global"))
 
     def settings(self) -> Settings:
         """What was asked for, with what it implies; for :func:`downsize.pruning.structure.prune`, which can train between rounds."""
