@@ -35,7 +35,7 @@ fast: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not slow"
 
 slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
 demo: $(STAMP)
 	$(BIN)/downsize fit examples/photos.py --runtime onnxruntime --threads 1 --size 5.2MB --latency-ratio 0.65 --drop 5% --into runs/photos
