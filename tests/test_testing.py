@@ -30,7 +30,7 @@ from downsize.testing import (
     simulation_equals_artifact,
 )
 
-IMAGE, ROWS = torch.randn(2, 3, 8, 8), torch.randn(2, 8)
+IMAGE, ROWS = (torch.randn(shape, generator=torch.Generator().manual_seed(7)) for shape in ((2, 3, 8, 8), (2, 8)))
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_captured_equals_original():
     model = perceptron()
     network = capture(model, ROWS)
     assert captured_equals_original(model, network, ROWS) <= 1e-5
-    with pytest.raises(AssertionError, match=r"captured == original: they differ by 0\.\d+ of the largest value; allowed 1e-05"):
+    with pytest.raises(AssertionError, match=r"captured == original: they differ by \d+\.\d+ of the largest value; allowed 1e-05"):
         captured_equals_original(model, nudged(network, "0.weight", 5.0), ROWS)
     with pytest.raises(AssertionError, match=r"structure .*tuple.*; expected .*tensor"):
         captured_equals_original(Net(lambda net, x: net.p(x), p=model), capture(Net(lambda net, x: (net.p(x),), p=model).eval(), ROWS), ROWS)
@@ -272,7 +272,7 @@ def test_a_technique_whose_file_computes_something_else_fails(monkeypatch):
 def test_a_technique_whose_result_cannot_be_exported_fails():
     network, task = setting()
     with pytest.raises(Exception, match="cannot be written as ONNX"):
-        check_technique(lambda n, t: rewritten(n, lambda call, x: call(aten.renorm.default, x, 2.0, 0, 1.0)), network, task)
+        check_technique(lambda n, t: rewritten(n, lambda call, x: call(aten.digamma.default, x)), network, task)
 
 
 def test_files_go_where_they_are_told(tmp_path, monkeypatch):
