@@ -221,12 +221,12 @@ def renamed(network: Network, task: Task) -> Network:
     return made
 
 
-def rewritten(network: Network, function: Callable[[Any], Any]) -> Network:
+def rewritten(network: Network, function: Callable[[Any, Any], Any]) -> Network:
     """A fork whose output is ``function(graph, node)`` of what it was."""
     made = network.fork()
     output = next(node for node in made.graph.nodes if node.op == "output")
     with made.graph.inserting_before(output):
-        output.args = ((function(lambda target, *args: made.graph.call_function(target, args), output.args[0][0]),),)  # type: ignore[index,call-arg]
+        output.args = ((function(lambda target, *args: made.graph.call_function(target, args), output.args[0][0]),),)  # type: ignore[index]
     made.recompile()
     return made
 
