@@ -100,7 +100,8 @@ def downsize(model: nn.Module, example: Any, ratio: float) -> Cut:
     fold_constants(network)
     lineage = Lineage(network)
     dead = {}
-    for axis in lineage.axes:
+    # A mean over heads (attention weights as an output) changes with their number: such an axis is inexact, and left alone as prune() does.
+    for axis in [axis for axis in lineage.axes if axis.exact or axis.kind != "heads"]:
         parts = [(network.tensor(name), dim, torch.from_numpy(unit)) for (name, dim), unit in axis.carriers.items()]
         order = magnitude(parts, axis.units).argsort()
         dead[axis.name] = order[: min(round(ratio * axis.units), axis.units - 1)].tolist()

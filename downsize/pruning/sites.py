@@ -44,16 +44,18 @@ class Site:
 
 
 def sites(lineage: Lineage, what: Sequence[str] = ("channels", "heads", "neurons")) -> tuple[Site, ...]:
-    """The axes of these kinds, with two units or more.
+    """The axes of these kinds, with two units or more; inexact ones only where ``width`` is among the kinds.
 
     Example: of ``Sequential(Conv2d(3, 8, 3), ReLU(), Conv2d(8, 4, 3))`` one, whose reader has 72 columns, 9 for each of the 8 channels.
     """
     names = {id(lineage.network.tensor(name)): name for name, _ in lineage.constants.values()}
     layers = [node for node in lineage.network.graph.nodes if node.target in MATRIX_LAYERS and node.args[1].op == "get_attr"]
+    # What crosses a statistic changes it: only on request.
+    chosen = [axis for axis in lineage.axes if axis.kind in what and axis.units > 1 and (axis.exact or "width" in what)]
     readings = Counter(
         id(lineage.network.tensor(str(node.target))) for node in lineage.network.graph.nodes if node.op == "get_attr" for _ in node.users
     )
-    return tuple(_site(lineage, axis, layers, names, readings) for axis in lineage.axes if axis.kind in what and axis.units > 1)
+    return tuple(_site(lineage, axis, layers, names, readings) for axis in chosen)
 
 
 def first_reader(network: Network, site: Site) -> fx.Node:
