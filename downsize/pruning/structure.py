@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import CutError, TaskError
 from ..network.columns import MATRIX_LAYERS
-from ..network.cut import Survivors, cut
+from ..network.cut import Survivors
 from ..network.empty import shrunk
 from ..network.fold import fold_constants
 from ..network.judge import Judge, TailJudge
@@ -178,7 +178,7 @@ def climbed(lineage: Lineage, found: Sequence[Site], task: Task, settings: Setti
 
 
 def _cut(lineage: Lineage, site: Site, gone: Tensor) -> Network:
-    return cut(lineage, {site.axis.name: gone.tolist()})
+    return shrunk(lineage, {site.axis.name: gone.tolist()})
 
 
 def _all_widths(site: Site, settings: Settings) -> tuple[int, ...]:
