@@ -49,7 +49,7 @@ Tool = Callable[[nn.Module, Any, float], Any]
 
 def torch_pruning(model: nn.Module, example: Any, ratio: float) -> nn.Module:
     """``model`` with ``ratio`` of the channels of each group removed, in place."""
-    import torch_pruning as tp
+    import torch_pruning as tp  # pyright: ignore[reportMissingImports]  (a peer, not a dependency)
 
     # A bare tensor would be taken apart along the batch.
     inputs: Any = (example,) if isinstance(example, torch.Tensor) else example
