@@ -1,0 +1,1 @@
+"""Training: one loop, and what techniques put into it."""
