@@ -44,6 +44,7 @@ class Bench:
     inputs: Any
     baseline: Path
     recordings: dict[str, Recording] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def set_up(cls, task: Task, target: Target, runtime: Runtime, run: Run, progress: Progress) -> Bench:
@@ -78,15 +79,32 @@ class Bench:
 
     def _apply(self, technique: Technique, spelled: str, stage: Stage) -> Stage:
         parts = [stage.key, spelled, f"data {self.data_key}"]
-        task = self.task
+        task = replace(self.task, progress=self.progress)
         if getattr(technique, "latency", None) is not None:
             from .measure.shapes import LatencyTable
 
             # What is chosen by measured time holds for this machine and runtime.
             task = replace(task, clock=LatencyTable(self.runtime.name, self.target.threads))
             parts.append(f"timed in {label(self.runtime.name)} with {self.target.threads} threads on {host()}")
+        if _trains(technique):
+            parts.append(f"train {self._training_key()}")
+        task = replace(task, checkpoints=self.run.place(parts))
         with self.progress.doing(f"building {spelled}"):
-            return self.run.network(parts, lambda: technique(stage.network, task), needs=tensor_bytes(stage.network))
+            made = self.run.network(parts, lambda: technique(stage.network, task), needs=tensor_bytes(stage.network))
+        self.run.clear(parts)
+        return made
+
+    def _training_key(self) -> str:
+        """A hash of what training depends on beside the network and the calibration data, computed once."""
+        if "train" not in self.keys:
+            task = self.task
+            digests = [digest_of_model(model) for _, model in sorted(task.models.items())] + [digest_of_code(task.loss), digest_of_code(task.score)]
+            for role in ("train", "validate"):
+                if role in task.data:
+                    with self.progress.doing(f"reading the data for {role!r}"), seeded("data"):
+                        digests.append(digest_of(task.batches(role), targets=True))
+            self.keys["train"] = hashlib.sha256(" ".join(digests).encode()).hexdigest()
+        return self.keys["train"]
 
     def export(self, stage: Stage) -> Path:
         """The file of a network in the target's runtime."""
@@ -131,11 +149,25 @@ def tensor_bytes(network: Network) -> int:
     return sum({id(tensor): tensor.numel() * tensor.element_size() for _, tensor in network.named_tensors()}.values())
 
 
-def digest_of(batches: Iterable[tuple[Any, Any]]) -> str:
-    """A hash of the inputs of all batches: structure, types, shapes and values."""
+def _trains(technique: Technique) -> bool:
+    """Whether a technique trains, by itself or by a plan in one of its fields."""
+    from .training.plan import Training
+
+    return isinstance(technique, Training) or any(getattr(technique, name, False) for name in ("train", "tune"))
+
+
+def digest_of_code(function: Any) -> str:
+    """A hash of a function's name and byte code; of anything else that can be called, of its class' name."""
+    code = getattr(function, "__code__", None)
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return hashlib.sha256(name.encode() + (code.co_code + repr(code.co_consts).encode() if code else b"")).hexdigest()
+
+
+def digest_of(batches: Iterable[tuple[Any, Any]], targets: bool = False) -> str:
+    """A hash of the inputs of all batches, or of inputs and targets: structure, types, shapes and values."""
     digest = hashlib.sha256()
-    for inputs, _ in batches:
-        leaves, structure = flatten(list(as_call(inputs)))
+    for inputs, wanted in batches:
+        leaves, structure = flatten([*as_call(inputs), wanted] if targets else list(as_call(inputs)))
         digest.update(repr(structure).encode())
         for array in map(as_array, leaves):
             digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())

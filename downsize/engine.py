@@ -3,6 +3,7 @@
     <folder>/run.json        whose folder this is: task, model, target
              lock            which process works in it now
              steps/<key>/    one finished step: its files and manifest.json with their sha256
+             checkpoints/<key>/  the state of a training in a step that is not finished
              model.onnx      the best file so far, replaced in one move
              report.json     what was tried and measured
 
@@ -170,6 +171,16 @@ class Run:
 
         folder = self.step(key_parts, lambda path: make().save(path / NETWORK), needs)
         return Stage(folder.name, folder, Network.load(folder / NETWORK))
+
+    def place(self, key_parts: Sequence[str]) -> Path:
+        """Where a step of these parts may keep what it needs to go on after an interruption. Its maker makes the folder when needed."""
+        return self.folder / "checkpoints" / key_of(key_parts)
+
+    def clear(self, key_parts: Sequence[str]) -> None:
+        """Remove what was kept there: the step is finished."""
+        shutil.rmtree(self.place(key_parts), ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.place(key_parts).parent.rmdir()
 
     def keep(self, source: Path, name: str) -> Path:
         """Put a copy of ``source`` into the folder as ``name`` by one replace: a reader sees the old file or the new one, whole."""

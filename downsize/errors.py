@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class DownsizeError(Exception):
@@ -44,6 +45,12 @@ class AllocationError(DownsizeError):
 
 class CutError(DownsizeError):
     """These positions of a network's tensors cannot be cut."""
+
+
+class TrainingError(DownsizeError):
+    """Training broke down. ``network``: the last good state, if there is one."""
+
+    network: Any = None
 
 
 class RuntimeMissing(DownsizeError):

@@ -69,17 +69,18 @@ class Recipe:
     @classmethod
     def _of(cls, calls: Sequence[spec.Call], techniques: Techniques | None) -> Recipe:
         known = _shipped() if techniques is None else techniques
-        for call in calls:
-            if call.word not in known:
-                raise SpecError(f"there is no technique {call.word!r}; {nearest(call.word, known)}")
-        return cls(tuple(spec.build(known[call.word], call.fields, call.word) for call in calls), known)
+        return cls(tuple(_built(call, known) for call in calls), known)
 
     def to_yaml(self) -> str:
         """The YAML of the recipe; fields at their defaults are left out."""
         return spec.to_yaml(self._calls())
 
     def _calls(self) -> list[spec.Call]:
-        return [spec.Call(self._word(step), spec.fields_of(step)) for step in self.steps]
+        return [self._call(step) for step in self.steps]
+
+    def _call(self, step: Any) -> spec.Call:
+        fields = {key: self._call(value) if type(value) in self.techniques.values() else value for key, value in spec.fields_of(step).items()}
+        return spec.Call(self._word(step), fields)
 
     def _word(self, step: Technique) -> str:
         for word, technique in self.techniques.items():
@@ -95,3 +96,18 @@ class Recipe:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+
+def _built(call: spec.Call, known: Techniques) -> Any:
+    """The technique a call spells. A field may hold one, too: as a call, or, from YAML, as a mapping of one technique's word to its fields."""
+    if call.word not in known:
+        raise SpecError(f"there is no technique {call.word!r}; {nearest(call.word, known)}")
+    fields = dict(call.fields)
+    for key, value in fields.items():
+        if isinstance(value, Mapping) and len(value) == 1:
+            ((word, inner),) = value.items()
+            if word in known and (inner is None or isinstance(inner, Mapping)):
+                value = spec.Call(word, dict(inner or {}))
+        if isinstance(value, spec.Call):
+            fields[key] = _built(value, known)
+    return spec.build(known[call.word], fields, call.word)

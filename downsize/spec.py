@@ -1,8 +1,8 @@
 """How steps and settings are declared and spelled: frozen dataclasses <-> text <-> YAML, with errors that name the nearest word.
 
 One spelling in three places. As text ``prune(macs=0.5) | quantize()``, as YAML a list of one-key mappings, in Python the instances
-themselves. A value is a Python literal or a bare quantity such as ``1MB``, ``5ms`` or ``1%``, which stays text: who declares the
-field reads the unit.
+themselves. A value is a Python literal, a step again (``quantize(train=finetune(epochs=1))``), or a bare quantity such as ``1MB``,
+``5ms`` or ``1%``, which stays text: who declares the field reads the unit.
 """
 
 from __future__ import annotations
@@ -60,9 +60,11 @@ def _plain(value: Any, where: str) -> Any:
         return float(value)
     if isinstance(value, (list, tuple)):
         return [_plain(item, where) for item in value]
+    if isinstance(value, Call):
+        return value
     if isinstance(value, Mapping) and all(type(key) is str for key in value):
         return {key: _plain(item, where) for key, item in value.items()}
-    raise SpecError(f"{where}: {value!r} came; expected a number, text, True, False, None, or lists and text-keyed dicts of them.")
+    raise SpecError(f"{where}: {value!r} came; expected a number, text, True, False, None, lists and text-keyed dicts of them, or a step.")
 
 
 # Text ---------------------------------------------------------------------------------------------------------------------------
@@ -90,6 +92,8 @@ def spell(calls: Sequence[Call]) -> str:
 
 
 def _spell_value(value: Any) -> str:
+    if isinstance(value, Call):
+        return spell([value])
     return value if isinstance(value, str) and _QUANTITY.fullmatch(value) else repr(value)
 
 
@@ -118,6 +122,8 @@ def _parse_value(text: str, piece: str) -> Any:
             return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         mend = f"quote text: {text!r}" if _WORD.fullmatch(text) else "write a number, 'text', True, None, [1, 2], or a quantity like 1MB"
+        if text.endswith(")") and _STEP.fullmatch(text):
+            return _parse_step(text, piece)
         raise SpecError(f"{text!r} in {piece!r} is not a value; {mend}.") from None
 
 
@@ -143,8 +149,12 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def to_yaml(calls: Sequence[Call]) -> str:
-    """The YAML of ``calls``: a list of ``word: {field: value}``."""
-    return yaml.safe_dump([{call.word: call.fields} for call in calls], sort_keys=False)
+    """The YAML of ``calls``: a list of ``word: {field: value}``; a value that is a step is such a mapping itself."""
+    return yaml.safe_dump([_as_mapping(call) for call in calls], sort_keys=False)
+
+
+def _as_mapping(call: Call) -> dict[str, Any]:
+    return {call.word: {key: _as_mapping(value) if isinstance(value, Call) else value for key, value in call.fields.items()}}
 
 
 def from_yaml(text: str) -> list[Call]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,11 @@ class Task:
         score: ``(predict, batches) -> float``, higher is better. Roles whose targets are None, and tasks without a score, are judged by
             fidelity: the mean cosine between a model's outputs and the original's.
         name: for reports.
+        loss: ``(outputs, targets) -> scalar``, lower is better, differentiable, for techniques that train on targets; outputs come in the model's
+            own structure (a ModelOutput as a dict). Without one: cross-entropy, if the score is top1 or top5.
+        models: further models by name, such as a student or another teacher for ``distill``; they take and give what ``model`` does.
+        checkpoints: a folder where training keeps its state, so that a call that was stopped can go on; ``fit`` and ``run`` set one.
+        progress: what training tells as it goes (:class:`~downsize.progress.Progress`); ``fit`` and ``run`` set theirs.
         clock: for techniques that choose by latency, what knows how long layers take (``pruning.latency.Clock``); ``fit`` and ``run`` set it to
             measurements in the target's runtime.
 
@@ -54,7 +60,11 @@ class Task:
     data: Mapping[str, Callable[[], Iterable[Any]]]
     score: Score | None = None
     name: str = "task"
+    loss: Callable[[Any, Any], Any] | None = None
+    models: Mapping[str, torch.nn.Module] = field(default_factory=dict)
     clock: Any = None
+    checkpoints: str | os.PathLike[str] | None = None
+    progress: Any = None
 
     def __post_init__(self) -> None:
         import torch
@@ -70,6 +80,11 @@ class Task:
                 raise TaskError(f"data[{role!r}] is a {type(entry).__name__}; expected a function that returns it: lambda: loader.")
         if "calibrate" not in self.data:
             raise TaskError(f'data has the roles {sorted(self.data)}; "calibrate" is required: some batches like those of real use.')
+        for name, model in self.models.items():
+            if not isinstance(model, torch.nn.Module):
+                raise TaskError(f"models[{name!r}] is a {type(model).__name__}; expected a torch.nn.Module.")
+        if self.loss is not None and not callable(self.loss):
+            raise TaskError(f"loss is a {type(self.loss).__name__}; expected a function (outputs, targets) -> scalar tensor, or None.")
         if self.score is not None and not callable(self.score):
             raise TaskError(f"score is a {type(self.score).__name__}; expected a function (predict, batches) -> float, or None.")
 

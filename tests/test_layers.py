@@ -16,15 +16,15 @@ PACKAGE = ROOT / "downsize"
 
 # A file imports only from lines above, and within its line only from names to its left; a name with a slash is a folder.
 LAYERS = (
-    ("errors", "structure", "spool", "spec", "target", "facts"),
+    ("errors", "structure", "spool", "spec", "target", "facts", "progress"),
     ("numerics/",),
     ("scores", "inputs", "task"),
     ("network/",),
-    ("quantization/", "pruning/"),
+    ("quantization/", "pruning/", "training/"),
     ("techniques/",),
     ("runtimes/",),
     ("measure/",),
-    ("progress", "lock", "recipe", "engine", "bench", "candidates", "planner", "inspection"),
+    ("lock", "recipe", "engine", "bench", "candidates", "planner", "inspection"),
     ("tables", "testing", "cli", "__init__"),
 )
 WITHOUT_TORCH = (

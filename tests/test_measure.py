@@ -278,7 +278,8 @@ def test_how_a_process_ended():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
 def test_the_worker_ends_with_its_parent(tmp_path, number):
     code = """
-import sys, numpy
+import signal, sys, numpy
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
 from downsize.measure import memory
 from downsize.measure.process import ask
 ask("energy", [sys.argv[1]], numpy.ones((1, 32), "float32"), "onnxruntime", 1, seconds=600.0)

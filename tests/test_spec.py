@@ -69,7 +69,7 @@ def test_text_forms(text, calls):
         ("a(x=1,)", "'' in 'a(x=1,)' is not a field"),
         ("a(x=1, x=2)", "'x' is given twice in 'a(x=1, x=2)'; keep one"),
         ("a(x=static)", "'static' in 'a(x=static)' is not a value; quote text: 'static'"),
-        ("a(x=f(1))", "'f(1)' in 'a(x=f(1))' is not a value; write a number"),
+        ("a(x=f(1))", "'1' in 'f(1)' is not a field"),
         ("a(x=1+2j)", "(1+2j) came; expected a number, text"),
         ("a(x={1: 2})", "{1: 2} came; expected a number, text"),
         ("a(x=1e999)", "inf came; expected a finite number"),

@@ -1,7 +1,8 @@
 """Techniques: each a frozen dataclass whose call turns a Network into a Network."""
 
+from .finetune import Finetune
 from .prune import Prune
 from .quantize import Quantize
 from .sparsify import Sparsify
 
-TECHNIQUES = {"prune": Prune, "sparsify": Sparsify, "quantize": Quantize}
+TECHNIQUES = {"prune": Prune, "finetune": Finetune, "sparsify": Sparsify, "quantize": Quantize}

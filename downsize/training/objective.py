@@ -34,3 +34,11 @@ class Objective(nn.Module):
             tapped: for each name in ``taps`` the value of that node.
         """
         raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """Its parameters, buffers and extra state, as far as they are tensors, for a checkpoint."""
+        return {name: value for name, value in self.state_dict().items() if isinstance(value, Tensor)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`state`."""
+        self.load_state_dict(state, strict=False)

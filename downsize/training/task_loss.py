@@ -1,0 +1,52 @@
+"""The task's own loss: the user's, or cross-entropy where the score says that classes are told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ..errors import TaskError
+from ..network.network import Network
+from ..scores import IGNORED, top1, top5
+from ..structure import flatten, unflatten
+from ..task import Task
+from .objective import Batch, Objective
+
+
+class TaskLoss(Objective):
+    """``task.loss`` of the student's outputs in the model's own structure, and the targets; else cross-entropy on its class scores.
+
+    Raises:
+        TaskError: it is not known what the loss is: the task has none, and its score is neither top1 nor top5.
+    """
+
+    def __init__(self, student: Network, task: Task) -> None:
+        super().__init__()
+        if task.loss is None and task.score not in (top1, top5):
+            raise TaskError("the task has targets but no loss; give it one, Task(..., loss=lambda outputs, targets: ...), or train by distill().")
+        self.loss, self.structure = task.loss, student.outputs
+
+    def forward(self, batch: Batch, outputs: tuple[Tensor, ...], tapped: dict[str, Tensor]) -> Tensor:
+        found = unflatten(self.structure, list(outputs))
+        if self.loss is None:
+            return class_loss(found, batch.targets)
+        try:
+            value = self.loss(found, batch.targets)
+        except Exception as error:
+            raise TaskError(f"the task's loss raised {type(error).__name__}: {error}") from error
+        if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
+            raise TaskError(f"the task's loss gave {value!r}; expected a scalar tensor that depends on the outputs.")
+        return value
+
+
+def class_loss(outputs: Any, targets: Any) -> Tensor:
+    """Cross-entropy (natural logarithm, mean over the samples) of class scores [..., classes] and class numbers [...]; -100 is left out."""
+    scores = outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else flatten(outputs)[0][0]
+    classes = torch.as_tensor(targets)
+    if classes.shape != scores.shape[:-1] or classes.dtype.is_floating_point:
+        raise TaskError(f"targets are {classes.dtype} {list(classes.shape)}; expected class numbers {list(scores.shape[:-1])}.")
+    return cross_entropy(scores.float().flatten(0, -2), classes.long().flatten().to(scores.device), ignore_index=IGNORED)
