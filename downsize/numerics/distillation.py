@@ -223,10 +223,14 @@ def linear_cka(one: Tensor, two: Tensor) -> float:
     Args:
         one, two: the same observations in rows, [rows, width], of any widths. 0 where one of them is constant.
     """
-    left, right = (rows.double() - rows.double().mean(0) for rows in (one, two))
-    common = (left.T @ right).square().sum()
-    own = ((left.T @ left).square().sum() * (right.T @ right).square().sum()).sqrt()
-    return float(common / own) if float(own) > 0 else 0.0
+    return float((kernel(one) * kernel(two)).sum())
+
+
+def kernel(rows: Tensor) -> Tensor:
+    """The products [rows, rows] of centred features [rows, width], of length 1: those of two sets multiply to their linear CKA."""
+    centred = rows.double() - rows.double().mean(0)
+    products = centred @ centred.T
+    return products / products.norm().clamp(min=SMALLEST**2)
 
 
 def regression(inputs: Tensor, targets: Tensor, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:

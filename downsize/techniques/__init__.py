@@ -1,8 +1,9 @@
 """Techniques: each a frozen dataclass whose call turns a Network into a Network."""
 
+from .distill import Distill
 from .finetune import Finetune
 from .prune import Prune
 from .quantize import Quantize
 from .sparsify import Sparsify
 
-TECHNIQUES = {"prune": Prune, "finetune": Finetune, "sparsify": Sparsify, "quantize": Quantize}
+TECHNIQUES = {"prune": Prune, "finetune": Finetune, "distill": Distill, "sparsify": Sparsify, "quantize": Quantize}
