@@ -9,7 +9,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..numerics.sparsity import Pattern, Quadratic, keep_best, keep_pattern, least_squares, solving_work, sparsegpt, surgeon, surgeon_work, wanda
+from ..numerics.sparsity import (
+    Pattern,
+    Quadratic,
+    counts_above,
+    erk,
+    keep_best,
+    keep_pattern,
+    lamp,
+    least_squares,
+    solving_work,
+    sparsegpt,
+    surgeon,
+    surgeon_work,
+    wanda,
+)
+from .weights import Weight
 
 # How strongly solutions are drawn to the weights they start from, as a fraction of the Gram matrix's mean diagonal; the first is tried with
 # every method, the others with the best.
@@ -48,6 +63,24 @@ class Solved(NamedTuple):
     matrix: Tensor
     method: str
     error: float | None = None
+
+
+def spread(allocation: str, weights: Sequence[Weight], matrices: Sequence[Tensor], density: float) -> list[int]:
+    """How many values stay in each weight when of all together the share ``density`` stays; one for each row at least.
+
+    Args:
+        allocation: ``lamp``, ``erk``, ``global`` or ``uniform``: see :class:`~downsize.techniques.sparsify.Sparsify`.
+        matrices: the weights, [groups, rows, columns] each.
+    """
+    sizes = [matrix.numel() for matrix in matrices]
+    if allocation == "uniform":
+        counts = [round(density * size) for size in sizes]
+    elif allocation == "erk":
+        counts = [round(share * size) for share, size in zip(erk([weight.shape for weight in weights], density), sizes, strict=True)]
+    else:
+        scores = [matrix.abs() if allocation == "global" else lamp(matrix) for matrix in matrices]
+        counts = counts_above(scores, round(density * sum(sizes)))
+    return [max(weight.rows, count) for weight, count in zip(weights, counts, strict=True)]
 
 
 def by_magnitude(matrix: Tensor, wanted: Wanted) -> Solved:

@@ -30,7 +30,7 @@ from ..task import Task
 from .choice import Amount, choose
 from .costs import Costs, evaluate
 from .grams import with_grams
-from .importance import scores
+from .importance import Scores, scores
 from .ladder import Ladder, climb, fold_constant_units, readings, repair_reader, surgeon_order, widths_of, without
 from .latency_limit import latency_amount, whole_latency
 from .layers import drop_layers
@@ -46,7 +46,8 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for; see :class:`~downsize.techniques.prune.Prune`. ``most``: what may remain of ``amount``."""
+    """What was asked for; see :class:`~downsize.techniques.prune.Prune`. ``most``: what may remain of ``amount``; ``found``: scores of units
+    by name of axis that were found before; axes that have none go by the norms of their weights."""
 
     amount: str
     most: float
@@ -61,24 +62,41 @@ class Settings:
     samples: int
     holdout: int
     damping: float
+    found: Mapping[str, Tensor] | None = None
 
 
-def prune(network: Network, task: Task, settings: Settings, tune: Callable[[Network], Network] | None = None) -> Network:
+# From the network and what may remain to the network with other weights, and scores of the units by name of axis.
+Ranking = Callable[[Network, Settings], tuple[Network, Mapping[str, Tensor]]]
+
+
+def prune(
+    network: Network, task: Task, settings: Settings, tune: Callable[[Network], Network] | None = None, ranking: Ranking | None = None
+) -> Network:
     """Prune in ``settings.rounds`` steps, each less by the same factor.
+
+    What is trained in between becomes what later steps are repaired towards: the original's layers no longer give what its layers expect.
 
     Args:
         tune: is given the network behind each step and returns what the next goes on from: the place for training in between.
+        ranking: is given the network before each step, and what may remain behind it; the scores that it finds order the units.
     """
     plain = prepared(network, settings.fold)
     data = collected(plain, task, settings.samples, settings.holdout) if settings.samples else None
-    given = give_biases(plain) if settings.samples else []
     whole = _whole(plain, settings, task)
     share = settings.most if settings.most <= 1 else settings.most / whole
-    made, rows = plain, dict[str, Tensor]()
+    made, rows, given = plain, dict[str, Tensor](), list[str]()
     for step in range(1, settings.rounds + 1):
         left = share ** (1 / settings.rounds) if settings.amount == "ratio" else whole * share ** (step / settings.rounds)
-        made = _step(plain, made, task, replace(settings, most=left), data, rows)
-        made = tune(made) if tune else made
+        asked = replace(settings, most=left)
+        if ranking:
+            made, scored = ranking(made, asked)
+            plain, rows, asked = made, {}, replace(asked, found=scored)
+        given += give_biases(made) if settings.samples else []
+        made = _step(plain, made, task, asked, data, rows)
+        if tune:
+            drop_zero_biases(made, given)
+            made = plain = tune(made)
+            rows, given = {}, []
     drop_zero_biases(made, given)
     return made
 
@@ -158,8 +176,8 @@ def climbed(lineage: Lineage, found: Sequence[Site], task: Task, settings: Setti
         return [by_weights(lineage, site, settings) for site in found]
     network = lineage.network
     judge, tail = Judge(network, data.trial), TailJudge(network, data.trial)
-    measured = settings.importance in ("obs", "energy")
-    rank = scores(network, task, "l2" if measured else settings.importance)
+    measured = settings.found is None and settings.importance in ("obs", "energy")
+    rank = _rank(network, task, settings)
     made = []
     for site, grams in with_grams(network, found, data.fit, data.port):
         reads = readings(site, network, grams)
@@ -175,6 +193,13 @@ def climbed(lineage: Lineage, found: Sequence[Site], task: Task, settings: Setti
         else:
             made.append(climb(site, order, widths, judge, partial(_cut, lineage, site)))
     return made
+
+
+def _rank(network: Network, task: Task | None, settings: Settings) -> Scores:
+    """The scores of units by what was found before, by weights or by gradients."""
+    known = settings.found or {}
+    rest = scores(network, task, "l2" if settings.importance in ("obs", "energy", "gates") else settings.importance)
+    return lambda site: known[site.axis.name] if site.axis.name in known else rest(site)
 
 
 def _cut(lineage: Lineage, site: Site, gone: Tensor) -> Network:
@@ -197,7 +222,7 @@ def _order(site: Site, reads: Sequence[Reading], settings: Settings) -> Tensor:
 
 def by_weights(lineage: Lineage, site: Site, settings: Settings) -> Ladder:
     """The ladder without data: the share of the squared importance that goes stands for the error."""
-    value = scores(lineage.network, None, settings.importance)(site)
+    value = _rank(lineage.network, None, settings)(site)
     order = value.argsort(stable=True)
     gone = torch.cat([torch.zeros(1, dtype=torch.float64), value[order].square().cumsum(0)])
     widths = widths_of(site, settings.multiple)

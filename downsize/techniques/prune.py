@@ -13,6 +13,8 @@ from ..pruning.ladder import Ladder
 from ..pruning.structure import Settings, ladders_of, prune
 from ..spec import frozen
 from ..task import Task
+from ..training.gates import train_gates
+from ..training.plan import Training
 
 AMOUNTS = ("macs", "parameters", "latency", "ratio")
 
@@ -34,11 +36,16 @@ class Prune:
         what: kinds of axes: ``channels``, ``heads``, ``neurons``; also ``head_dims`` and ``width``, which cross a normalisation over the
             units and so are inexact; or ``layers``: residual branches and repeated layers are taken out whole.
         importance: what orders the units: ``obs``; norms of all weights of a unit ``l1``, ``l2``; ``scale`` of batch norms; ``taylor``
-            (gradients of the loss if there are class labels, else of the outputs); ``geometric_median``; ``energy`` of what is read; ``random``.
+            (gradients of the loss if there are class labels, else of the outputs); ``geometric_median``; ``energy`` of what is read; ``random``;
+            ``gates``: before each cut the network is trained as ``tune`` says with a gate on each unit, so that those that open cost what may
+            remain; units are ordered by how open they are (hard concrete gates; Louizos et al. 2018).
         refit: fit the layers that read cut units in closed form; each only if it helps on held-back samples.
         renormalise: measure batch norms again, where ``fold`` left any.
-        fold: fold batch norms into convolutions first, which repairs better, and drop dropout; False keeps both for training.
+        fold: fold batch norms into convolutions first, which repairs better, and drop dropout; False keeps both, as by default with ``tune``
+            (training needs them) and with importance ``scale`` (which reads them).
         rounds: cut in so many steps, each chosen anew on what the last one left.
+        tune: train behind each step, the last one too, as long as the plan says: ``prune(macs=0.5, rounds=3, tune=distill(epochs=1))``;
+            true: imitate the original model.
         multiple: widths are multiples of this, where an axis has four times as many units; kernels work in blocks of 8 or 16.
         samples: calibration samples used at most, of which every ``holdout``-th judges the choices; 0: use no data (then units are
             ordered and widths are chosen by weights alone, and nothing is repaired: ``origin["pruned"]`` says so).
@@ -53,11 +60,12 @@ class Prune:
     ratio: float | None = Field(default=None, gt=0, le=1)
     scope: Literal["global", "layer"] = "global"
     what: tuple[Literal["channels", "heads", "neurons", "head_dims", "width", "layers"], ...] = ("channels", "heads", "neurons")
-    importance: Literal["obs", "l1", "l2", "scale", "taylor", "geometric_median", "energy", "random"] = "obs"
+    importance: Literal["obs", "l1", "l2", "scale", "taylor", "geometric_median", "energy", "random", "gates"] = "obs"
     refit: bool = True
     renormalise: bool = True
-    fold: bool = True
+    fold: bool | None = None
     rounds: int = Field(default=1, ge=1)
+    tune: bool | Training = False
     multiple: int = Field(default=8, ge=1)
     samples: int = Field(default=512, ge=0)
     holdout: int = Field(default=5, ge=2)
@@ -75,6 +83,8 @@ class Prune:
             raise SpecError("prune: which layers can go is found out on data; expected samples above 0.")
         if not self.samples and self.importance in ("energy", "taylor"):
             raise SpecError(f"prune: importance={self.importance!r} needs data; expected samples above 0, or l2.")
+        if self.importance == "gates" and (not self.tune or self.latency is not None or "layers" in self.what):
+            raise SpecError("prune: gates are trained towards macs, parameters or a ratio of units; expected one of these and tune=True or a plan.")
 
     def __call__(self, network: Network, task: Task) -> Network:
         """The pruned network.
@@ -84,7 +94,12 @@ class Prune:
             AllocationError: so little cannot remain; the message says how little can.
             CutError: the network is quantized, or the cut network does not compute what it should, which would be a fault of downsize.
         """
-        return prune(network, task, self.settings())
+        if not self.tune:
+            return prune(network, task, self.settings())
+        plan = Training() if self.tune is True else self.tune
+        gates = self.importance == "gates"
+        ranking = (lambda made, asked: train_gates(made, task, plan, asked)) if gates else None
+        return prune(network, task, self.settings(), lambda made: plan.train(made, task), ranking)
 
     def ladder(self, network: Network, task: Task) -> list[Ladder]:
         """What each width of each axis costs in error: see :class:`~downsize.pruning.ladder.Ladder`. Nothing is pruned."""
@@ -101,7 +116,7 @@ class Prune:
             importance=self.importance if self.samples or self.importance != "obs" else "l2",
             refit=self.refit and self.samples > 0,
             renormalise=self.renormalise and self.samples > 0,
-            fold=self.fold,
+            fold=self.fold if self.fold is not None else not self.tune and self.importance != "scale",
             rounds=self.rounds,
             multiple=self.multiple,
             samples=self.samples,

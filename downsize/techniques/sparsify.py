@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from ..errors import SpecError, TaskError
 from ..network.network import Network, batch_of
 from ..network.statistics import Pieces
-from ..numerics.sparsity import Pattern, counts_above, erk, lamp
-from ..pruning.sparsifying import Solved, Wanted, by_magnitude, solve
+from ..numerics.sparsity import Pattern
+from ..pruning.sparsifying import Solved, Wanted, by_magnitude, solve, spread
 from ..pruning.weights import Errors, Weight, can_unfold, ends, replace_weight, weights_of
 from ..spec import frozen
 from ..task import Task
+from ..training.gradual import Gradual
+from ..training.plan import Training
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "surgeon")
 # Layers that read more at each position go by magnitude: a Gram matrix takes the square of this in memory, factoring it the cube in time.
@@ -46,6 +48,11 @@ class Sparsify:
         polish: solve for the values of the weights that stay by least squares; kept where that lowers the error on held-back samples.
         samples: calibration samples used at most; 0: use no data, go by magnitude. ``holdout``: of so many, how many are held back.
         keep_ends: leave out the first and the last layer, which lose most.
+        train: make the zeros while training, as the plan says (true: imitate the original model), instead of solving for them; magnitude
+            decides, more and more weights go. Reaches much more than solving does, ``train=distill(epochs=5)``.
+        growth: with ``train``: ``none``: what went is gone; ``shadow``: masked weights are trained on beside the others and come back where
+            they become larger; ``gradient``: all zeros at once, then every while the smallest weights make way for those with the largest
+            gradients. ``until``: behind this share of the training the zeros stay where they are. ``interval``: steps between changes.
 
     Example: ``sparsify(sparsity=0.8)``.
     """
@@ -58,6 +65,10 @@ class Sparsify:
     samples: int = Field(default=512, ge=0)
     holdout: int = Field(default=128, ge=1)
     keep_ends: bool = True
+    train: bool | Training = False
+    growth: Literal["none", "shadow", "gradient"] = "none"
+    until: float = Field(default=0.7, ge=0, lt=1)
+    interval: int = Field(default=50, ge=1)
 
     def __post_init__(self) -> None:
         if self.pattern is not None:
@@ -69,16 +80,22 @@ class Sparsify:
                 raise SpecError("sparsify: a pattern says how many weights stay in every layer: leave sparsity and allocation out.")
         if not self.samples and self.method not in ("auto", "magnitude"):
             raise SpecError(f"sparsify: method={self.method!r} needs data; with samples=0 only magnitude works.")
+        if self.train and self.method not in ("auto", "magnitude"):
+            raise SpecError(f"sparsify: method={self.method!r} solves for what training finds: leave out method or train.")
+        if self.pattern is not None and self.growth == "gradient":
+            raise SpecError("sparsify: growth='gradient' moves weights out of their runs, which a pattern forbids: expected 'none' or 'shadow'.")
 
     def __call__(self, network: Network, task: Task) -> Network:
         """The sparse network: the same graph with other weights; ``origin["sparsified"]`` tells how each was made.
 
         Raises:
-            TaskError: there is nothing to make sparse, the network is quantized, or there is too little calibration data.
+            TaskError: there is nothing to make sparse, the network is quantized, there is too little calibration data, or it cannot be trained.
         """
         made = network.fork().eval()
         if any(node.target in QUANTIZERS for node in made.graph.nodes):
             raise TaskError("The network is quantized already, its weights are on grids: sparsify first, then quantize.")
+        if self.train:
+            return self._trained(made, task, Training() if self.train is True else self.train)
         wanted = self._wanted(made, self._weights(made))
         errors = None
         if self.samples and wanted:
@@ -103,34 +120,49 @@ class Sparsify:
             raise TaskError("The network has only a first and a last layer, which are left out: use sparsify(keep_ends=False).")
         return taken
 
+    def _trained(self, network: Network, task: Task, plan: Training) -> Network:
+        """The zeros made while training; ``network`` is edited."""
+        pattern, density = self._amount()
+        weights = self._fitting(self._weights(network), pattern)
+        if pattern is None and density == 1:
+            return network
+        counts = partial(spread, self.allocation, weights)
+        hook = Gradual(network, weights, counts, 1 - density, pattern, self.growth, self.until, self.interval)
+        made = plan.train(network, task, hooks=[hook])
+        hook.settle(made)
+        sizes = {weight.name: weight.shape.numel() for weight in weights}
+        how = "trained" if self.growth == "none" else f"trained, growth by {self.growth}"
+        made.origin["sparsified"] = {
+            name: {"method": how, "zeros": size - made.sparse[name], "of": size, "error": None} for name, size in sizes.items()
+        }
+        return made
+
+    def _amount(self) -> tuple[Pattern | None, float]:
+        """The pattern, and the share that stays where there is none."""
+        return None if self.pattern is None else Pattern.parse(self.pattern), 1 - (0.5 if self.sparsity is None else self.sparsity)
+
+    def _fitting(self, weights: list[Weight], pattern: Pattern | None) -> list[Weight]:
+        """Those that can have the pattern."""
+        if pattern is None:
+            return weights
+        found = [replace(weight, inputs_last=True) for weight in weights if weight.inputs % pattern.of == 0]
+        if not found:
+            raise TaskError(f"No layer reads a multiple of {pattern.of} inputs: none can have the pattern {self.pattern}.")
+        return found
+
     def _wanted(self, network: Network, weights: list[Weight]) -> list[tuple[Weight, Wanted]]:
         """What is to be left of each weight that loses some."""
-        pattern = None if self.pattern is None else Pattern.parse(self.pattern)
-        if pattern is not None:
-            weights = [replace(weight, inputs_last=True) for weight in weights if weight.inputs % pattern.of == 0]
-            if not weights:
-                raise TaskError(f"No layer reads a multiple of {pattern.of} inputs: none can have the pattern {self.pattern}.")
+        pattern, density = self._amount()
+        weights = self._fitting(weights, pattern)
         matrices = [weight.matrix(network.tensor(weight.name).detach()) for weight in weights]
-        counts = [matrix.numel() // pattern.of * pattern.keep for matrix in matrices] if pattern else self._counts(weights, matrices)
+        patterned = [matrix.numel() // pattern.of * pattern.keep for matrix in matrices] if pattern else None
+        counts = patterned or spread(self.allocation, weights, matrices, density)
         found = []
         for weight, matrix, count in zip(weights, matrices, counts, strict=True):
             allowed = matrix != 0 if weight.name in network.sparse else torch.ones_like(matrix, dtype=torch.bool)
             if count < matrix.numel():
                 found.append((weight, Wanted(count, pattern, allowed)))
         return found
-
-    def _counts(self, weights: list[Weight], matrices: list[Tensor]) -> list[int]:
-        """How many values stay in each weight."""
-        sizes = [matrix.numel() for matrix in matrices]
-        density = 1 - (0.5 if self.sparsity is None else self.sparsity)
-        if self.allocation == "uniform":
-            counts = [round(density * size) for size in sizes]
-        elif self.allocation == "erk":
-            counts = [round(share * size) for share, size in zip(erk([weight.shape for weight in weights], density), sizes, strict=True)]
-        else:
-            scores = [matrix.abs() if self.allocation == "global" else lamp(matrix) for matrix in matrices]
-            counts = counts_above(scores, round(density * sum(sizes)))
-        return [max(weight.rows, count) for weight, count in zip(weights, counts, strict=True)]
 
     def _solve(self, network: Network, weight: Weight, wanted: Wanted, errors: Errors | None) -> Solved:
         matrix = weight.matrix(network.tensor(weight.name).detach())
