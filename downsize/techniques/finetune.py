@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
 from ..network.network import Network
 from ..spec import frozen
 from ..task import Task
@@ -24,13 +22,9 @@ class Finetune(Training):
 
     Fields: those of :class:`~downsize.training.plan.Training`, and
         loss: ``auto`` (the task's if there are targets), ``task`` or ``fidelity`` (the original's outputs).
-        penalty: pulls towards zero what can then be cut: ``l1`` (weights), ``group_l1`` (units of channels, heads, neurons), ``scale`` (scales of
-            batch norms, for ``prune(importance='scale')``). ``strength``: how hard.
     """
 
     loss: Literal["auto", "task", "fidelity"] = "auto"
-    penalty: Literal["none", "l1", "group_l1", "scale"] = "none"
-    strength: float = Field(default=1e-4, ge=0)
 
     def objective(self, student: Network, task: Task) -> Objective:
         role = "train" if "train" in task.data else "calibrate"

@@ -15,6 +15,7 @@ from .hook import Hook
 from .imitation import Imitation
 from .loop import Settings, train
 from .objective import Objective
+from .penalties import hooks_for
 
 EPOCHS = 3.0
 
@@ -33,6 +34,8 @@ class Training:
         average: train on, but keep the moving average of the weights, with this factor a step, e.g. 0.99.
         norms: batch norms: ``train`` (statistics move) or ``freeze`` (they stay). ``renormalise``: measure them again at the end, kept where
             validation agrees.
+        penalty: pulls towards zero what can be cut behind it: ``l1`` (weights), ``group_l1`` (units of channels, heads, neurons), ``scale`` (scales
+            of batch norms, for ``prune(importance='scale')``). ``strength``: how hard.
         freeze: tensors that stay as they are, by name, ``*`` standing for anything: ``['*embeddings*']``.
         every: validate behind so many steps, instead of each epoch.
         seed: of the data's order and of dropout.
@@ -51,6 +54,8 @@ class Training:
     average: float | None = Field(default=None, gt=0, lt=1)
     norms: Literal["train", "freeze"] = "train"
     renormalise: bool = False
+    penalty: Literal["none", "l1", "group_l1", "scale"] = "none"
+    strength: float = Field(default=1e-4, ge=0)
     freeze: tuple[str, ...] = ()
     every: int | None = Field(default=None, ge=1)
     seed: int = 0
@@ -79,7 +84,8 @@ class Training:
             TaskError: nothing can be trained, or the data does not fit.
             TrainingError: the loss is NaN or infinite; the message has step, learning rate and batch.
         """
-        return train(network, task, objective or self.objective(network, task), hooks, self.settings(share))
+        pulls = [] if self.penalty == "none" else hooks_for(network, self.penalty, self.strength)
+        return train(network, task, objective or self.objective(network, task), [*hooks, *pulls], self.settings(share))
 
     def settings(self, share: tuple[float, float] = (0.0, 1.0)) -> Settings:
         """The plan as the loop takes it."""
