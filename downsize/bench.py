@@ -95,14 +95,16 @@ class Bench:
         return made
 
     def _training_key(self) -> str:
-        """A hash of what training depends on beside the network and the calibration data, computed once."""
+        """A hash of what training depends on beside the network and the calibration inputs, computed once."""
         if "train" not in self.keys:
+            from .training.digest import digest
+
             task = self.task
-            digests = [digest_of_model(model) for _, model in sorted(task.models.items())] + [digest_of_code(task.loss), digest_of_code(task.score)]
-            for role in ("train", "validate"):
+            digests = [digest(dict(task.models), task.loss, task.score)]
+            for role in ("train" if "train" in task.data else "calibrate", "validate"):
                 if role in task.data:
                     with self.progress.doing(f"reading the data for {role!r}"), seeded("data"):
-                        digests.append(digest_of(task.batches(role), targets=True))
+                        digests += [role, digest_of(task.batches(role), targets=True)]
             self.keys["train"] = hashlib.sha256(" ".join(digests).encode()).hexdigest()
         return self.keys["train"]
 
@@ -150,28 +152,26 @@ def tensor_bytes(network: Network) -> int:
 
 
 def _trains(technique: Technique) -> bool:
-    """Whether a technique trains, by itself or by a plan in one of its fields."""
+    """Whether a technique trains, by itself or by a plan in one of its fields (``True`` there is a plan, too)."""
     from .training.plan import Training
 
-    return isinstance(technique, Training) or any(getattr(technique, name, False) for name in ("train", "tune"))
-
-
-def digest_of_code(function: Any) -> str:
-    """A hash of a function's name and byte code; of anything else that can be called, of its class' name."""
-    code = getattr(function, "__code__", None)
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return hashlib.sha256(name.encode() + (code.co_code + repr(code.co_consts).encode() if code else b"")).hexdigest()
+    plans = [getattr(technique, name, False) for name in ("train", "tune")]
+    return isinstance(technique, Training) or any(plan is True or isinstance(plan, Training) for plan in plans)
 
 
 def digest_of(batches: Iterable[tuple[Any, Any]], targets: bool = False) -> str:
     """A hash of the inputs of all batches, or of inputs and targets: structure, types, shapes and values."""
-    digest = hashlib.sha256()
+    from .training.digest import digest
+
+    made = hashlib.sha256()
     for inputs, wanted in batches:
-        leaves, structure = flatten([*as_call(inputs), wanted] if targets else list(as_call(inputs)))
-        digest.update(repr(structure).encode())
+        leaves, structure = flatten(list(as_call(inputs)))
+        made.update(repr(structure).encode())
         for array in map(as_array, leaves):
-            digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
-    return digest.hexdigest()
+            made.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+        if targets:
+            made.update(digest(wanted).encode())
+    return made.hexdigest()
 
 
 def digest_of_model(model: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import RuntimeMissing
-from ..network.network import Network, batch_of
+from ..network.network import Network
 from ..network.parts import assign
+from ..structure import looks_like_tensor
 
 MEND = 'training on GPUs or in several processes needs accelerate: pip install "downsize[train]"'
 
@@ -55,30 +56,33 @@ class Devices:
         """Whether this process is the one that writes and tells."""
         return self.rank == 0
 
-    def part(self, inputs: Any, targets: Any) -> tuple[Any, Any, float]:
-        """This process' rows of a batch, and what its loss counts: the mean over processes is then the mean over the batch's rows.
-
-        A batch of fewer rows than processes gives the others a row that counts nothing.
-        """
-        size = next((leaf.shape[0] for leaf in _tensors((inputs, targets)) if leaf.dim()), 1)
-        if self.count == 1 or size == 1:
+    def part(self, inputs: Any, targets: Any, size: int) -> tuple[Any, Any, float]:
+        """This process' rows of a batch of ``size`` rows, and what its loss counts: for a loss that is a mean over rows, the mean over
+        processes is then the mean over the batch. Each process takes a batch whole that has not two rows for each of them."""
+        if self.count == 1 or size < 2 * self.count:
             return inputs, targets, 1.0
         rows = list(range(size))[self.rank :: self.count]
-        weight = len(rows) * self.count / size
-        rows = rows or [0]
-        # the targets' own first tensor may be shorter than the batch: then they are of the whole batch
-        own = next((leaf.shape[0] for leaf in _tensors(targets) if leaf.dim()), None)
-        return batch_of(inputs, rows), batch_of(targets, rows) if own == size else targets, weight
+        return rows_of(inputs, rows, size), rows_of(targets, rows, size), len(rows) * self.count / size
 
-    def to(self, leaves: list[Tensor]) -> list[Tensor]:
-        """The tensors on this process' device."""
-        return [leaf.to(self.device) for leaf in leaves]
+    def there(self, tree: Any) -> Any:
+        """The same with its torch tensors on this process' device."""
+        if isinstance(tree, Tensor):
+            return tree.to(self.device)
+        if self.device.type == "cpu":
+            return tree
+        if isinstance(tree, Mapping):
+            return {key: self.there(item) for key, item in tree.items()}
+        return type(tree)(map(self.there, tree)) if type(tree) in (tuple, list) else tree
 
-    def mean(self, tensors: Iterable[Tensor]) -> None:
-        """Set each tensor to its mean over the processes, in place."""
-        if self.count > 1:
-            for tensor in tensors:
-                tensor.copy_(self.accelerator.reduce(tensor.detach().clone(), reduction="mean"))
+    def mean(self, tensors: Sequence[Tensor]) -> None:
+        """Set each tensor to its mean over the processes, in place; one message for all of a type."""
+        if self.count == 1:
+            return
+        for dtype in {tensor.dtype: None for tensor in tensors}:
+            some = [tensor for tensor in tensors if tensor.dtype == dtype]
+            joined = self.accelerator.reduce(torch.cat([tensor.detach().flatten() for tensor in some]), reduction="mean")
+            for tensor, value in zip(some, joined.split([tensor.numel() for tensor in some]), strict=True):
+                tensor.copy_(value.view_as(tensor))
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
@@ -87,11 +91,26 @@ class Devices:
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), reduction="sum") > 0)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ()
-    return [leaf for item in items for leaf in _tensors(item)]
+def rows_of(tree: Any, rows: list[int], size: int) -> Any:
+    """Those rows of every tensor or array in ``tree`` whose first dimension is ``size``, and those items of lists of ``size`` that hold none."""
+    if looks_like_tensor(tree):
+        return tree[rows] if len(tree.shape) and tree.shape[0] == size else tree
+    if isinstance(tree, Mapping):
+        return {key: rows_of(item, rows, size) for key, item in tree.items()}
+    if not isinstance(tree, (tuple, list)):
+        return tree
+    if len(tree) == size and not _has_rows(tree, size):
+        made = [tree[row] for row in rows]
+        return made if isinstance(tree, list) else tuple(made)
+    made = [rows_of(item, rows, size) for item in tree]
+    return made if isinstance(tree, list) else type(tree)(*made) if hasattr(tree, "_fields") else tuple(made)
+
+
+def _has_rows(tree: Any, size: int) -> bool:
+    if looks_like_tensor(tree):
+        return bool(len(tree.shape)) and tree.shape[0] == size
+    items = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (tuple, list)) else ()
+    return any(_has_rows(item, size) for item in items)
 
 
 def move(network: Network, device: torch.device) -> None:

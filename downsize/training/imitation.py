@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,35 +11,47 @@ from ..errors import TaskError
 from ..structure import flatten
 from ..task import Task
 from .objective import Batch, Objective
+from .stream import drawing
+
+SMALLEST = 1e-12  # of the mean square that errors are divided by
 
 
 class Imitation(Objective):
-    """The squared distance of all outputs from the original's, each output relative to its own squared size: 0 when they are equal.
+    """The mean squared distance of each output from the original's, relative to the mean square of that output on the first calibration
+    batch: 0 when they are equal. The mean over the outputs; those of whole numbers, and entries that are not finite, are left out.
 
     Args:
         task: its model is the one imitated.
+
+    Raises:
+        TaskError: no output has real numbers.
     """
 
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.task = task
+        with drawing("imitation"):
+            outputs = self._expected(next(task.batches("calibrate"))[0])
+        self.sizes = [float(finite(one).square().mean().clamp(min=SMALLEST)) if one.is_floating_point() and one.numel() else None for one in outputs]
+        if all(size is None for size in self.sizes):
+            raise TaskError("the model has no outputs of real numbers: there is nothing to imitate; give the task a loss.")
 
     def forward(self, batch: Batch, outputs: tuple[Tensor, ...], tapped: dict[str, Tensor]) -> Tensor:
-        expected = [torch.as_tensor(leaf) for leaf in flatten(self.task.predict(batch.inputs))[0]]
+        expected = self._expected(batch.inputs)
         if len(expected) != len(outputs):
             raise TaskError(f"the network has {len(outputs)} outputs, the original {len(expected)}: they cannot be compared.")
-        return relative_error(outputs, expected)
+        losses = []
+        for output, wanted, size in zip(outputs, expected, self.sizes, strict=True):
+            if size is not None and output.numel():
+                wanted = wanted.to(output.device)
+                error = torch.where(torch.isfinite(wanted), output.float() - finite(wanted), 0.0)
+                losses.append(error.square().mean() / size)
+        return torch.stack(losses).mean()
+
+    def _expected(self, inputs: Any) -> list[Tensor]:
+        return [torch.as_tensor(leaf) for leaf in flatten(self.task.predict(inputs))[0]]
 
 
-def relative_error(outputs: tuple[Tensor, ...] | list[Tensor], expected: list[Tensor]) -> Tensor:
-    """Mean over the outputs of |output - expected|^2 / |expected|^2; outputs of whole numbers, and entries that are not finite, are left out."""
-    total, count = torch.zeros(()), 0
-    for output, wanted in zip(outputs, expected, strict=True):
-        if output.is_floating_point() and output.numel():
-            finite = torch.isfinite(wanted)
-            wanted = torch.where(finite, wanted, 0.0).to(output.device).float()
-            error = torch.where(finite.to(output.device), output.float() - wanted, 0.0).square().sum()
-            total, count = total + error / wanted.square().sum().clamp(min=1e-12), count + 1
-    if not count:
-        raise TaskError("the model has no outputs of real numbers: there is nothing to imitate; give the task a loss.")
-    return total / count
+def finite(tensor: Tensor) -> Tensor:
+    """As float32, zero where it is not finite."""
+    return torch.where(torch.isfinite(tensor), tensor, 0.0).float()

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Interrupt:
-    """While it is entered, the first SIGINT only sets :attr:`asked`; a second one stops at once."""
+    """While it is entered, the first SIGINT only sets :attr:`asked`, and stops the program at the end at the latest; a second one at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -22,9 +22,11 @@ class Interrupt:
             self._installed = True
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self._installed:
             signal.signal(signal.SIGINT, self._before)
+        if self.asked and error is None:
+            raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

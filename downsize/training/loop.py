@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,24 +13,29 @@ from torch import Tensor, nn
 
 from ..errors import TaskError, TrainingError, nearest
 from ..inputs import describe
-from ..network.network import TRAINING_FLAGS, Network
-from ..network.rewrite import aten
+from ..network.network import Network
 from ..network.statistics import Pieces
 from ..progress import Progress
 from ..pruning.renormalise import reestimate_batch_norms
 from ..task import Task
 from .checkpoint import Checkpoints, key_of
 from .devices import Devices, move
+from .digest import digest_of_settings
 from .hook import Hook, Learner
 from .interrupt import Interrupt
-from .keeping import Average, put, snapshot, with_tensors
+from .keeping import Average, snapshot, with_tensors
+from .norms import alone, moving, to_training
 from .objective import Batch, Objective
-from .optimizer import optimizer_of, rate_at, set_rate, set_state, state_of
+from .optimizer import optimizer_of, rate_at, set_rate
 from .precision import faster_in_bfloat16
-from .stream import Stream, seed_of
+from .state import Best, State
+from .stream import Batches, Stream, drawing, seed_of
 from .validation import Validation
 
 RENORMALISING = 512  # samples that batch norms are measured again on
+LONELY = 1000  # batches of one sample in a row that are passed over
+
+Place = tuple[int, int]  # epoch and batch, both counted from 0
 
 
 @dataclass(frozen=True)
@@ -57,43 +61,32 @@ class Settings:
     share: tuple[float, float]
 
 
-@dataclass
-class Best:
-    """The state that validation likes best so far: its tensors, score, and behind which step it was."""
-
-    tensors: dict[str, Tensor]
-    score: float | None = None
-    step: int = 0
-
-
 def train(network: Network, task: Task, objective: Objective, hooks: Sequence[Hook], settings: Settings) -> Network:
     """The network trained as the settings say, in evaluation mode; the one given is left as it was. See :class:`~downsize.training.plan.Training`."""
     made = network.copy()
     frozen = frozen_names(made, settings.freeze)
-    run = _Run(made, task, objective, hooks, settings, frozen)
-    with torch.random.fork_rng(devices=[]), Interrupt() as interrupt:
-        result = run.through(interrupt)
-    for name, tensor in result.named_tensors():
-        if name in frozen:
-            tensor.requires_grad_(True)
-    return result
+    with drawing(settings.seed, "training", settings.share):
+        run = _Run(made, task, objective, hooks, settings, frozen)
+        with Interrupt() as interrupt:
+            return run.through(interrupt)
 
 
 def frozen_names(network: Network, patterns: Sequence[str]) -> set[str]:
     """Turn off training of the parameters whose names match a pattern, in place. Returns those it was turned off for.
 
     Raises:
-        TaskError: a pattern matches nothing, or nothing is left to train.
+        TaskError: a pattern matches no tensor, or nothing is left to train.
     """
-    names = [name for name, tensor in network.named_tensors() if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
-    frozen: set[str] = set()
+    tensors = dict(network.named_tensors())
+    found: set[str] = set()
     for pattern in patterns:
-        found = fnmatch.filter(names, pattern)
-        if not found:
-            raise TaskError(f"freeze={pattern!r} matches none of the tensors that can be trained; {nearest(pattern, names)}")
-        frozen.update(found)
+        matched = [name for name in tensors if fnmatch.fnmatchcase(name, pattern)]
+        if not matched:
+            raise TaskError(f"freeze={pattern!r} matches none of the network's tensors; {nearest(pattern, tensors)}")
+        found.update(matched)
+    frozen = {name for name in found if isinstance(tensors[name], nn.Parameter) and tensors[name].requires_grad}
     for name in frozen:
-        network.tensor(name).requires_grad_(False)
+        tensors[name].requires_grad_(False)
     if not any(True for _ in network.parameters()):
         raise TaskError("the network has no tensor that can be trained: all are frozen (requires_grad=False).")
     return frozen
@@ -101,7 +94,7 @@ def frozen_names(network: Network, patterns: Sequence[str]) -> set[str]:
 
 @dataclass
 class _Run:
-    """One training: what it is made of, and where it stands."""
+    """One training: what it is made of, and where it stands. ``frozen``: names of tensors that are not trained this time."""
 
     network: Network
     task: Task
@@ -113,43 +106,64 @@ class _Run:
 
     def __post_init__(self) -> None:
         settings, task = self.settings, self.task
-        role = "train" if "train" in task.data else "calibrate"
-        self.stream = Stream(lambda: _Batches(task, role), seed_of(settings.seed, settings.share[0]))
-        self.key = key_of(self.network, settings, role, type(self.objective).__qualname__, [type(hook).__qualname__ for hook in self.hooks])
+        self.checkpoints = Checkpoints(task.checkpoints, "" if task.checkpoints is None else self._key())
+        self.stream = Stream(lambda: Batches(task, self.role), seed_of(settings.seed, settings.share[0]))
+        self.validation = Validation(task)
         move(self.network, self.devices.device)
         self.objective.to(self.devices.device)
-        self.validation = Validation(task)
-        self.epoch = self.stream.length() if settings.epochs is not None or settings.every is None else 0
-        self.all = settings.steps if settings.steps is not None else max(1, round((settings.epochs or 0) * self.epoch))
-        self.first, last = (round(part * self.all) for part in settings.share)
-        _to_training(self.network, settings.norms)
-        self.tapped = _with_taps(self.network, self.objective.taps)
-        parameters = {name: tensor for name, tensor in self.network.named_tensors() if isinstance(tensor, nn.Parameter) and tensor.requires_grad}
-        self.learner = Learner(self.network, _each_once(parameters), last - self.first)
-        for hook in self.hooks:
-            hook.begin(self.learner)
-        factors = {name: factor for hook in self.hooks for name, factor in hook.rates(self.learner).items()}
-        others = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
-        self.optimizer = optimizer_of(settings.optimizer, self.learner.parameters, others, settings.decay, factors)
-        self.trained = [*self.learner.parameters.values(), *others]
+        self._count_steps()
+        self._make_learner()
         self.masks = [(self.network.tensor(name), mask) for name, mask in self.network.masks().items()]
-        self.average = None if settings.average is None else Average(self.network, settings.average)
-        self.checkpoints = Checkpoints(task.checkpoints, self.key)
-        self.progress: Progress = task.progress or Progress(quiet=True)
+        average = None if settings.average is None else Average(self.network, settings.average)
+        self.state = State(self.network, self.objective, self.optimizer, average, self.hooks)
+        self.progress: Progress = task.progress if task.progress and self.devices.main else Progress(quiet=True)
         self.bfloat16 = settings.precision == "bfloat16"
         self.before: float | None = None
+
+    @property
+    def role(self) -> str:
+        return "train" if "train" in self.task.data else "calibrate"
+
+    def _key(self) -> str:
+        """What tells this training from all others, but for its data, of which only the first batch for "validate" counts here."""
+        task = self.task
+        settings = astuple(replace(self.settings, minutes=0.0))
+        parts = [digest_of_settings(part) for part in (self.objective, *self.hooks)]
+        forms = [(name, list(tensor.shape)) for name, tensor in (*self.objective.named_parameters(), *self.objective.named_buffers())]
+        judged = next(task.batches("validate")) if "validate" in task.data else None
+        return key_of(self.network, settings, self.role, parts, forms, task.model, dict(task.models), task.loss, task.score, judged)
+
+    def _count_steps(self) -> None:
+        """How many batches an epoch has (0 where nothing depends on it), and which steps of the plan are made here: ``first`` of ``all``."""
+        settings = self.settings
+        needed = settings.epochs is not None or (settings.every is None and self.validation.possible)
+        self.epoch = self.stream.length(settings.steps) if needed else 0
+        self.all = settings.steps if settings.steps is not None else max(1, round((settings.epochs or 0) * self.epoch))
+        self.first, self.last = (round(part * self.all) for part in settings.share)
+
+    def _make_learner(self) -> None:
+        settings, network = self.settings, self.network
+        to_training(network, settings.norms, lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.freeze))
+        self.tapped = _with_taps(network, self.objective.taps)
+        self.statistics = moving(network)
+        parameters = {name: tensor for name, tensor in network.named_tensors() if isinstance(tensor, nn.Parameter) and tensor.requires_grad}
+        self.learner = Learner(network, _each_once(parameters), self.last - self.first)
+        for hook in self.hooks:
+            hook.begin(self.learner)
+        factors = {id(network.tensor(name)): factor for hook in self.hooks for name, factor in hook.rates(self.learner).items()}
+        named = {name: factors[id(tensor)] for name, tensor in self.learner.parameters.items() if id(tensor) in factors}
+        others = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+        self.optimizer = optimizer_of(settings.optimizer, self.learner.parameters, others, settings.decay, named)
+        self.trained = [*self.learner.parameters.values(), *others]
 
     # The run ---------------------------------------------------------------------------------------------------------------------
 
     def through(self, interrupt: Interrupt) -> Network:
         """All steps from where it stands."""
-        found = self.checkpoints.load()
-        if found is None:
+        if not self._resumed():
             self.best = Best(snapshot(self.network))
             self._decide_precision()
             self.before = self._validate(start=True)
-        else:
-            self._restore(*found)
         saved = time.monotonic()
         with self.progress.training(self.learner.steps) as show:
             while self.learner.step < self.learner.steps:
@@ -162,57 +176,72 @@ class _Run:
                     self._save()
                     saved = time.monotonic()
                 if stop:
+                    self.progress.say(f"stopped behind step {self.learner.step} of {self.learner.steps}")
                     raise KeyboardInterrupt
         return self._result()
 
     def _is_time_to_validate(self) -> bool:
-        every = self.settings.every or max(1, self.epoch)
-        return self.learner.step == self.learner.steps or self.learner.step % every == 0
+        every = self.settings.every or self.epoch or 1
+        return self.learner.step == self.learner.steps or (self.validation.possible and self.learner.step % every == 0)
 
     def _step(self) -> float:
         """One step of the optimizer. Returns the loss.
 
         Raises:
-            TrainingError: loss or gradients are not finite; weights are then those before the step.
+            TrainingError: loss or gradients are not finite; the network is then as it was before the step.
         """
         learner, settings = self.learner, self.settings
-        place = self.stream.epoch, self.stream.number
-        inputs, targets = self._next_batch()
-        inputs, targets, weight = self.devices.part(inputs, targets)
+        (inputs, targets), place, weight = self._next_batch()
+        before = [tensor.clone() for tensor in self.statistics]
         torch.manual_seed(seed_of(settings.seed, "step", self.first + learner.step, self.devices.rank))
         learner.rate = rate_at(self.first + learner.step, self.all, settings.rate, settings.schedule, settings.warmup)
+        set_rate(self.optimizer, learner.rate)
         for hook in self.hooks:
             hook.before(learner)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(Batch(inputs, targets, self.devices.to(self.network.flat(inputs))))
-        value = float(loss.detach())
+        loss = self._loss(Batch(inputs, self.devices.there(targets), self._leaves(inputs)))
         (loss * weight).backward()
-        self._refuse_not_finite(value, place, inputs)
-        for hook in self.hooks:
-            hook.gradients(learner)
-        self._ready_gradients(value, place, inputs)
-        set_rate(self.optimizer, learner.rate)
+        value = float(loss.detach())
+        broken = self.devices.any(not torch.isfinite(loss.detach()).item())
+        if broken or not self._ready_gradients():
+            raise self._broken("the loss" if broken else f"the norm of the gradients at loss {value:.4g}", value, place, inputs, before)
         self.optimizer.step()
         learner.step += 1
         self._keep_zeros()
         for hook in self.hooks:
             hook.after(learner)
-        if self.average is not None:
-            self.average.update(self.network, self.first + learner.step)
+        self.devices.mean(self.statistics)
+        if self.state.average is not None:
+            self.state.average.update(self.network, self.first + learner.step)
         return value
 
-    def _next_batch(self) -> tuple[Any, Any]:
-        """The next batch that batch norms in training can take: a single sample has no variance."""
-        for _ in range(max(2, self.epoch + 1)):
+    def _next_batch(self) -> tuple[tuple[Any, Any], Place, float]:
+        """This process' part of the next batch that batch norms in training can take, its place, and what it counts."""
+        begun = self.stream.epoch
+        for _ in range(LONELY):
             inputs, targets = self.stream.next()
-            alone = self.network.ports[0].dims[:1] == ("batch",) and self.network.flat(inputs)[0].shape[0] == 1
-            if not alone or not _has_training_norms(self.network):
-                return inputs, targets
-        raise TaskError('all batches of data["train"] have one sample, which batch norms cannot train on: give larger ones, or norms="freeze".')
+            place = self.stream.epoch, self.stream.number - 1
+            leaves = self._leaves(inputs)
+            rows = leaves[0].shape[0] if leaves[0].dim() else 1
+            if rows > 1 or not alone(self.network, leaves):
+                divisible = self.network.ports[0].dims[:1] == ("batch",)
+                *batch, weight = self.devices.part(inputs, targets, rows if divisible else 1)
+                return (batch[0], batch[1]), place, weight
+            if self.stream.epoch > begun + 1:
+                break
+        raise TaskError(
+            f'batches of data["{self.role}"] have one sample, and a batch norm then one value a channel, which it cannot train on: '
+            'give larger batches, or norms="freeze".'
+        )
+
+    def _leaves(self, inputs: Any) -> list[Tensor]:
+        return self.devices.there(self.network.flat(inputs))
 
     def _loss(self, batch: Batch) -> Tensor:
         with torch.autocast(self.devices.device.type, torch.bfloat16, enabled=self.bfloat16):
             values = self.tapped.graph_module(*batch.leaves)
+        if self.bfloat16:
+            values = [value.float() if value.dtype == torch.bfloat16 else value for value in values]
         count = len(values) - len(self.objective.taps)
         loss = self.objective(batch, tuple(values[:count]), dict(zip(self.objective.taps, values[count:], strict=True)))
         for hook in self.hooks:
@@ -222,155 +251,128 @@ class _Run:
             raise TaskError("the loss does not depend on anything that is trained: all layers before the outputs are frozen.")
         return loss
 
-    def _ready_gradients(self, loss: float, place: tuple[int, int], inputs: Any) -> None:
-        """Average over processes, keep masked weights still, clip, and refuse what is not finite."""
-        for parameter in self.learner.parameters.values():
-            if parameter.grad is None and self.devices.count > 1:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
-        self.devices.mean(gradients)
+    def _ready_gradients(self) -> bool:
+        """Average over processes, let hooks act, keep masked weights still, and clip. Returns whether they are finite."""
+        self.devices.mean([parameter.grad for parameter in self.trained if parameter.grad is not None])
+        for hook in self.hooks:
+            hook.gradients(self.learner)
         for tensor, mask in self.masks:
             if tensor.grad is not None:
                 tensor.grad.mul_(mask)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._refuse_not_finite(float(norm), place, inputs, f"the gradients' norm at loss {loss:.4g}")
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.trained if parameter.grad is not None])
         if self.settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.trained, self.settings.clip, norm)
+        return bool(torch.isfinite(norm))
 
     def _keep_zeros(self) -> None:
         with torch.no_grad():
             for tensor, mask in self.masks:
                 tensor.mul_(mask)
 
-    def _refuse_not_finite(self, value: float, place: tuple[int, int], inputs: Any, what: str = "the loss") -> None:
-        if not self.devices.any(not torch.isfinite(torch.tensor(value)).item()):
-            return
+    def _broken(self, what: str, loss: float, place: Place, inputs: Any, statistics: list[Tensor]) -> TrainingError:
+        """The error for a step that cannot be made, which is undone."""
+        with torch.no_grad():
+            for tensor, value in zip(self.statistics, statistics, strict=True):
+                tensor.copy_(value)
+        self.stream.seek(*place)
         self._save()
-        kept = "" if self.checkpoints.path is None else f" The last good state is in {self.checkpoints.path}."
+        kept = "" if self.checkpoints.path is None else f" The state before it is in {self.checkpoints.path}."
+        elsewhere = " (in another process)" if what == "the loss" and torch.isfinite(torch.tensor(loss)) else ""
+        value = f"is {loss}" if what == "the loss" else "is not finite"
         error = TrainingError(
-            f"{what} is {value} at step {self.learner.step + 1} of {self.learner.steps}, learning rate {self.learner.rate:.3g}, batch "
+            f"{what} {value}{elsewhere} at step {self.learner.step + 1} of {self.learner.steps}, learning rate {self.learner.rate:.3g}, batch "
             f"{place[1] + 1} of epoch {place[0] + 1} ({describe(inputs)}): lower the rate, or look at that batch.{kept}"
         )
-        error.network = with_tensors(self.network, self.best.tensors)
-        raise error
+        error.network = self._made(self.best.tensors if self.validation.possible else self._current())
+        return error
 
     # States ----------------------------------------------------------------------------------------------------------------------
 
     def _current(self) -> dict[str, Tensor]:
-        return snapshot(self.network) if self.average is None else self.average.values
+        return dict(self.network.named_tensors()) if self.state.average is None else self.state.average.values
+
+    def _made(self, tensors: dict[str, Tensor]) -> Network:
+        """A network of copies of these tensors, as it is given back: in evaluation mode, on the CPU, nothing frozen that was not before."""
+        made = with_tensors(self.network, tensors)
+        move(made, torch.device("cpu"))
+        for name in self.frozen:
+            made.tensor(name).requires_grad_(True)
+        return made
 
     def _validate(self, start: bool = False) -> float | None:
         """Score the present state, and keep it if it is the best of those that hooks call ready."""
-        self.devices.mean(tensor for _, tensor in self.network.named_tensors() if tensor.is_floating_point() and not tensor.requires_grad)
-        now = with_tensors(self.network, self._current())
-        move(now, torch.device("cpu"))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed)
-            score = self.validation(now)
-        ready = all(hook.ready(self.learner) for hook in self.hooks)
-        better = score is None or self.best.score is None or score >= self.best.score
-        if ready and (start or better or not self._chosen):
-            self.best = Best({name: tensor.clone() for name, tensor in self._current().items()}, score, self.learner.step)
-            self._chosen = True
+        score = None
+        if self.validation.possible:
+            with drawing(self.settings.seed, "validate"):
+                score = self.validation(self._made(self._current()))
+        best = self.best
+        better = start or not best.chosen or score is None or best.score is None or score >= best.score
+        if better and all(hook.ready(self.learner) for hook in self.hooks):
+            tensors = {name: tensor.detach().clone() for name, tensor in self._current().items()}
+            self.best = Best(tensors, score, self.learner.step, chosen=True)
         if not start and score is not None:
-            self.progress.say(f"step {self.learner.step} of {self.learner.steps}: score {score:.4f}, best {self.best.score or score:.4f}")
+            best_score = "none yet" if self.best.score is None else f"{self.best.score:.4f}"
+            self.progress.say(f"step {self.learner.step} of {self.learner.steps}: score {score:.4f}, best {best_score}")
         return score
-
-    _chosen = False  # whether some state was ready yet
 
     def _decide_precision(self) -> None:
         if self.settings.precision == "auto":
-            inputs, _ = self.stream.next()
+            (inputs, _), _, _ = self._next_batch()
             self.stream.seek(0, 0)
-            self.bfloat16 = faster_in_bfloat16(self.tapped, self.devices.to(self.network.flat(inputs)))
+            self.bfloat16 = self.devices.any(faster_in_bfloat16(self.tapped, self._leaves(inputs)))
 
     def _save(self) -> None:
         if self.checkpoints.path is None or not self.devices.main:
             return
-        parts = {"network": dict(self.network.named_tensors()), "best": self.best.tensors, "optimizer": state_of(self.optimizer)}
-        parts["objective"] = self.objective.state()
-        if self.average is not None:
-            parts["average"] = self.average.values
-        for number, hook in enumerate(self.hooks):
-            parts[f"hook{number}"] = hook.state()
+        best = self.best
         facts = {
             "step": self.learner.step,
             "place": [self.stream.epoch, self.stream.number],
-            "best": [self.best.score, self.best.step],
+            "seen": self.stream.seen(),
+            "best": [best.score, best.step, best.chosen],
             "before": self.before,
-            "chosen": self._chosen,
             "bfloat16": self.bfloat16,
         }
-        self.checkpoints.save({f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}, facts)
+        self.checkpoints.save(self.state.tensors(best), facts)
 
-    def _restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition("/")
-            parts.setdefault(part, {})[rest] = tensor
-        put(self.network, parts["network"])
-        self.best = Best(parts["best"], *facts["best"])
-        self.objective.restore(parts.get("objective", {}))
-        if self.average is not None:
-            self.average.values = parts["average"]
-        for number, hook in enumerate(self.hooks):
-            hook.restore(parts.get(f"hook{number}", {}))
-        set_state(self.optimizer, parts.get("optimizer", {}))
-        self.learner.step, self.before, self._chosen, self.bfloat16 = (facts[name] for name in ("step", "before", "chosen", "bfloat16"))
+    def _resumed(self) -> bool:
+        """Go on from the checkpoint, if all processes find one, and the data gives the same batch before it as then."""
+        found = self.checkpoints.load()
+        if self.devices.any(found is None):
+            return False
+        assert found is not None
+        tensors, facts = found
         self.stream.seek(*facts["place"])
-        self.progress.say(f"going on from step {self.learner.step} of {self.learner.steps}")
+        if self.devices.any(self.stream.seen() != facts["seen"]):
+            self.progress.say(f'data["{self.role}"] gives other batches than before the interruption: training begins anew')
+            self.stream.seek(0, 0)
+            return False
+        self.best = Best(self.state.restore(tensors), *facts["best"])
+        self.learner.step, self.before, self.bfloat16 = facts["step"], facts["before"], facts["bfloat16"]
+        self.progress.say(f"going on behind step {self.learner.step} of {self.learner.steps}")
+        return True
 
     def _result(self) -> Network:
         """The best state, batch norms measured again where that was asked for and helps."""
-        if not self._chosen:
-            self.best = Best(self._current(), None, self.learner.step)
-        made = with_tensors(self.network, self.best.tensors)
-        move(made, torch.device("cpu"))
-        if self.settings.renormalise:
-            normed = made.fork()
-            reestimate_batch_norms(normed, Pieces.of(normed, self.task.batches("calibrate"), RENORMALISING))
-            score = self.validation(normed)
-            if score is None or self.best.score is None or score >= self.best.score:
-                made, self.best.score = normed, score
-        told = {"steps": self.learner.steps, "best step": self.best.step, "score before": self.before, "score": self.best.score}
-        made.origin["trained"] = [*made.origin.get("trained", []), told]
         self._save()
+        best = self.best if self.best.chosen else Best(self._current(), None, self.learner.step)
+        made, score = self._made(best.tensors), best.score
+        if self.settings.renormalise:
+            with drawing(self.settings.seed, "renormalise"):
+                normed = made.fork()
+                reestimate_batch_norms(normed, Pieces.of(normed, self.task.batches("calibrate"), RENORMALISING))
+                now = self.validation(normed)
+            if now is None or score is None or now >= score:
+                made, score = normed, now
+        if self.learner.steps:
+            told = {"steps": self.learner.steps, "best step": best.step, "score before": self.before, "score": score}
+            made.origin["trained"] = [*made.origin.get("trained", []), told]
         return made
-
-
-class _Batches:
-    """The batches of a role, with the length of the user's iterable where it has one."""
-
-    def __init__(self, task: Task, role: str) -> None:
-        self.task, self.role = task, role
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        return self.task.batches(self.role)
-
-    def __len__(self) -> int:
-        batches = self.task.data[self.role]()
-        with contextlib.suppress(TypeError):
-            return len(batches)  # type: ignore[arg-type]
-        return sum(1 for _ in self)
 
 
 def _each_once(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """By its first name each parameter that has several."""
     return {name: parameter for name, parameter in reversed(list({id(p): (n, p) for n, p in reversed(parameters.items())}.values()))}
-
-
-def _to_training(network: Network, norms: str) -> None:
-    network.train()
-    if norms == "freeze":
-        position = TRAINING_FLAGS["aten.batch_norm.default"]
-        for node in network.graph.nodes:
-            if node.target is aten.batch_norm.default and len(node.args) > position:
-                node.update_arg(position, node.meta["captured_flag"])
-        network.recompile()
-
-
-def _has_training_norms(network: Network) -> bool:
-    return any(node.target is aten.batch_norm.default and node.args[5] for node in network.graph.nodes)
 
 
 def _with_taps(network: Network, taps: Sequence[str]) -> Network:

@@ -71,7 +71,9 @@ def set_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> 
     parameters: list[Any] = _parameters(optimizer)
     for key, value in state.items():
         number, _, name = key.partition(".")
-        optimizer.state[parameters[int(number)]][name] = value.clone()
+        parameter = parameters[int(number)]
+        # torch keeps AdamW's count of steps on the CPU
+        optimizer.state[parameter][name] = value.to("cpu" if name == "step" else parameter.device, copy=True)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Any]:

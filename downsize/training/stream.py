@@ -6,12 +6,15 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import TaskError
+from ..task import Task
+from .digest import digest
 
 
 class Stream:
@@ -28,6 +31,7 @@ class Stream:
     def __init__(self, make: Callable[[], Iterable[Any]], seed: int) -> None:
         self.make, self.seed = make, seed
         self.epoch, self.number = 0, 0  # of the next batch
+        self.last: Any = None  # the batch before it
         self._batches: Iterator[Any] | None = None
         self._states: tuple[Any, ...] | None = None
 
@@ -44,27 +48,29 @@ class Stream:
                 batch = next(self._batches, None)
                 if batch is not None:
                     self.number += 1
+                    self.last = batch
                     return batch
-                self._turn()
+                self.epoch, self.number, self._batches = self.epoch + 1, 0, None
+                _seed(self.seed, self.epoch)
         raise TaskError('data["train"] gave no batch in an epoch; expected at least one, each time.')
 
-    def _turn(self) -> None:
-        self.epoch, self.number, self._batches = self.epoch + 1, 0, None
-        _seed(self.seed, self.epoch)
-
     def seek(self, epoch: int, number: int) -> None:
-        """Go on with batch ``number`` of ``epoch``, both counted from 0."""
-        self.epoch, self.number, self._batches, self._states = epoch, 0, None, None
-        while self.number < number:
+        """Go on with batch ``number`` of ``epoch``, both counted from 0; with the next epoch, should this one have fewer."""
+        self.epoch, self.number, self.last, self._batches, self._states = epoch, 0, None, None, None
+        while self.number < number and self.epoch == epoch:
             self.next()
 
-    def length(self) -> int:
-        """The batches of an epoch: by ``len`` where the data has one, else counted."""
-        with self._own_states():
+    def seen(self) -> str:
+        """A hash of the batch before the next: what tells whether the data still is what it was."""
+        return digest(self.last)
+
+    def length(self, most: int | None = None) -> int:
+        """The batches of an epoch: by ``len`` where the data has one, else counted, to ``most`` at most. The place stays as it is."""
+        with drawing(self.seed, self.epoch):
             batches = self.make()
-            size = len(batches) if hasattr(batches, "__len__") else sum(1 for _ in batches)  # type: ignore[arg-type]
-        self._states = None
-        return size
+            with contextlib.suppress(TypeError):
+                return len(batches)  # type: ignore[arg-type]
+            return sum(1 for _ in islice(batches, most))
 
     @contextlib.contextmanager
     def _own_states(self) -> Iterator[None]:
@@ -78,6 +84,30 @@ class Stream:
         finally:
             self._states = states()
             set_states(outer)
+
+
+class Batches:
+    """The batches of a task's role, with the length of the user's iterable where that has one."""
+
+    def __init__(self, task: Task, role: str) -> None:
+        self.task, self.role = task, role
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        return self.task.batches(self.role)
+
+    def __len__(self) -> int:
+        return len(self.task.data[self.role]())  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def drawing(*parts: object) -> Iterator[None]:
+    """Random states of Python, numpy and torch that depend on ``parts`` alone; the caller's are put back at the end."""
+    outer = states()
+    _seed(*parts)
+    try:
+        yield
+    finally:
+        set_states(outer)
 
 
 def states() -> tuple[Any, ...]:
