@@ -280,10 +280,13 @@ def _run_with_codes(path: Path, network: Network, inputs: Any) -> tuple[list[np.
     count = len(model.graph.output)
     added: list[tuple[str, ...]] = []
     zeros = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    clipped = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Clip"}
     for node in model.graph.node:
         if node.op_type == "QuantizeLinear":
-            added.append((node.output[0],))
-            model.graph.output.append(helper.make_tensor_value_info(node.output[0], zeros[node.input[2]], None))
+            # The codes of a grid smaller than its type are those behind the clip.
+            name = clipped.get(node.output[0], node.output[0])
+            added.append((name,))
+            model.graph.output.append(helper.make_tensor_value_info(name, zeros[node.input[2]], None))
     seen: dict[str, tuple[str, ...]] = {}
     for node in model.graph.node:
         if node.op_type == "DynamicQuantizeLinear" and node.input[0] not in seen:

@@ -106,27 +106,42 @@ def _grid(fake: fx.Node) -> grids.Grid:
     return grids.Grid(int(fake.args[4]), int(fake.args[5]))
 
 
+def finer(grid: grids.Grid) -> int:
+    """The power of two that codes of a signed grid are multiplied by in a file; 1 for those of int8."""
+    room = grids.INT8.high // max(-grid.low, grid.high)
+    return 1 if grid.low >= 0 or room < 2 else 1 << (room.bit_length() - 1)
+
+
 @dataclass
 class _Weight:
-    """A fake-quantized weight: its codes, and the constants made of them so far, by whether they are transposed."""
+    """A fake-quantized weight: its codes, and the constants made of them so far, by whether they are transposed.
+
+    Codes of few bits are multiplied by a power of two that int8 has room for, ``factor``, and the scale is divided by it: the values are the
+    same, and integer biases, whose step is this scale times the input's, become so much finer.
+    """
 
     network: Network
     fake: fx.Node
     q: Tensor
+    factor: int
     made: dict[bool, fx.Node] = field(default_factory=dict)
 
     @staticmethod
     def of(network: Network, fake: fx.Node) -> _Weight:
         weight, scale, zero_point = (constant(network, node) for node in fake.args[:3])
         assert weight is not None and scale is not None and zero_point is not None
+        grid = _grid(fake)
+        factor = 1 if bool(zero_point.any()) else finer(grid)
         with torch.no_grad():
-            return _Weight(network, fake, grids.codes(weight, scale, zero_point, fake.args[3], _grid(fake)))
+            return _Weight(network, fake, grids.codes(weight, scale, zero_point, fake.args[3], grid) * factor, factor)
 
     def constant(self, what: str, tensor: Tensor) -> fx.Node:
         return add_constant(self.network, f"{self.fake.args[0].target}_{what}", tensor.detach(), self.fake)
 
     def scale(self) -> Tensor:
-        return constant(self.network, self.fake.args[1])
+        scale = constant(self.network, self.fake.args[1])
+        assert scale is not None
+        return scale / self.factor
 
     def codes(self, transposed: bool) -> fx.Node:
         if transposed not in self.made:
@@ -210,6 +225,10 @@ def _lower_activation(network: Network, fake: fx.Node) -> None:
     made_zero = add_constant(network, f"{name}_zero", zero_point.reshape(()).to(_grid(fake).dtype), fake)
     source = _before_clipping(network, fake, float(scale), int(zero_point))
     q = insert_call(network, fake, ours.quantize.default, (source, made_scale, made_zero))
+    grid = _grid(fake)
+    if grid not in (grids.UINT8, grids.INT8):
+        # The operator saturates at the ends of its type alone.
+        q = insert_call(network, fake, aten.clamp.default, (q, grid.low, grid.high))
     fake.replace_all_uses_with(insert_call(network, fake, ours.dequantize.default, (q, made_scale, made_zero, None)))
     network.graph.erase_node(fake)
 

@@ -31,6 +31,17 @@ class Grid:
 UINT8 = Grid(0, 255)
 INT8 = Grid(-128, 127)
 SYMMETRIC_INT8 = Grid(-127, 127)
+BITS = range(2, 9)
+
+
+def weight_grid(bits: int) -> Grid:
+    """The signed grid of that many bits, 2 to 8: at 8 narrow, so that it is symmetric; below all codes are needed, -2, -1, 0, 1 at 2 bits."""
+    return SYMMETRIC_INT8 if bits == 8 else Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def activation_grid(bits: int) -> Grid:
+    """The unsigned grid of that many bits, 2 to 8."""
+    return Grid(0, 2**bits - 1)
 
 
 def affine(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -53,13 +64,17 @@ def symmetric(extreme: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     A row of zeros takes the largest scale of the others: any scale is exact for it, and a tiny one would overflow the integer bias
     that has the scale ``input scale * weight scale``.
     """
-    scale = extreme.double() / grid.high
-    fallback = scale.max() if scale.numel() and float(scale.max()) > 0 else torch.tensor(1.0, dtype=torch.float64)
-    scale = torch.where(scale > fallback * 1e-7, scale, fallback)
+    scale = filled(extreme.double() / grid.high)
     return scale.float(), torch.zeros_like(scale, dtype=torch.int32)
 
 
-def _per_axis(values: Tensor, axis: int | None, rank: int) -> Tensor:
+def filled(scale: Tensor) -> Tensor:
+    """Scales of rows, those of rows of zeros replaced by the largest."""
+    fallback = scale.max() if scale.numel() and float(scale.max()) > 0 else torch.ones((), dtype=scale.dtype)
+    return torch.where(scale > fallback * 1e-7, scale, fallback)
+
+
+def per_axis(values: Tensor, axis: int | None, rank: int) -> Tensor:
     """Reshape a vector so that it broadcasts along ``axis`` of a tensor of that rank."""
     if axis is None:
         return values
@@ -70,13 +85,13 @@ def _per_axis(values: Tensor, axis: int | None, rank: int) -> Tensor:
 
 def codes(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, grid: Grid) -> Tensor:
     """Integer codes of ``x``: same shape, dtype ``grid.dtype``. ``scale`` and ``zero_point`` are scalars, or vectors along ``axis``."""
-    s, z = _per_axis(scale, axis, x.dim()), _per_axis(zero_point, axis, x.dim())
+    s, z = per_axis(scale, axis, x.dim()), per_axis(zero_point, axis, x.dim())
     return (torch.round(x / s) + z).clamp_(grid.low, grid.high).to(grid.dtype)
 
 
 def values(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
     """Real values of integer codes: ``scale * (q - zero_point)``, float32, same shape."""
-    s, z = _per_axis(scale, axis, q.dim()), _per_axis(zero_point, axis, q.dim())
+    s, z = per_axis(scale, axis, q.dim()), per_axis(zero_point, axis, q.dim())
     return (q.to(torch.int32) - z).float() * s
 
 
@@ -87,13 +102,13 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None
     Gradient: straight through for ``x`` inside the range, and the learned step size for ``scale``
     (Esser et al. 2020, arXiv 1902.08153, without its gradient scaling).
     """
-    s, z = _per_axis(scale, axis, x.dim()), _per_axis(zero_point, axis, x.dim())
-    rounded = torch.div(_wide(x), s).round_()
+    s, z = per_axis(scale, axis, x.dim()), per_axis(zero_point, axis, x.dim())
+    rounded = torch.div(wide(x), s).round_()
     clipped = rounded.clamp_(low - int(z), high - int(z)) if axis is None else rounded.add_(z).clamp_(low, high).sub_(z)
     return clipped.mul_(s).to(x.dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """At least float32: half the codes would be rounded wrongly in 16 bits."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
@@ -110,8 +125,8 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradient(ctx, grad: Tensor):
     x, scale, zero_point = ctx.saved_tensors
-    s, z = _per_axis(scale, ctx.axis, x.dim()), _per_axis(zero_point, ctx.axis, x.dim())
-    steps = _wide(x) / s
+    s, z = per_axis(scale, ctx.axis, x.dim()), per_axis(zero_point, ctx.axis, x.dim())
+    steps = wide(x) / s
     rounded = torch.round(steps) + z
     inside = (rounded >= ctx.low) & (rounded <= ctx.high)
     to_scale = grad * (rounded.clamp(ctx.low, ctx.high) - z - torch.where(inside, steps, 0.0))

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..network.lower import finer
 from ..network.network import Network
 from ..network.rewrite import argument, constant, set_bias
 from ..network.statistics import walk
-from .insertion import settle
-from .placement import WEIGHT_LAYERS
+from ..numerics.grids import UINT8
+from .insertion import FAKE, grid_of, settle
+from .placement import WEIGHT_LAYERS, is_transparent
 
 FIRST_ROUND = 16
 
@@ -43,6 +45,24 @@ def correct_biases(reference: Network, quantized: Network, data: Sequence[list[T
         bias = constant(quantized, argument(node, position, "bias"))
         set_bias(quantized, node, correction if bias is None else bias.detach() + correction, position)
     quantized.recompile()
+
+
+def round_biases(network: Network) -> None:
+    """Give layers whose inputs have fewer than 8 bits, in place, the biases that integer kernels have: whole multiples of input step x weight step
+    (as ``network/lower.py`` writes them), which with so few bits is no small step."""
+    for layer in [node for node in network.graph.nodes if node.target in WEIGHT_LAYERS and WEIGHT_LAYERS[node.target][2] is not None]:
+        at_source, at_weight, at_bias, _ = WEIGHT_LAYERS[layer.target]
+        assert at_bias is not None
+        source, weight, bias = layer.args[at_source], layer.args[at_weight], constant(network, argument(layer, at_bias, "bias"))
+        while isinstance(source, fx.Node) and is_transparent(source):
+            source = source.args[0]
+        if bias is None or not all(isinstance(node, fx.Node) and node.target is FAKE for node in (source, weight)):
+            continue
+        scales = [constant(network, node.args[1]) for node in (source, weight)]  # type: ignore[union-attr]
+        if grid_of(source) != UINT8 and None not in scales and bias.dim() == 1:  # type: ignore[arg-type]
+            step = (scales[0].double() * scales[1].double() / finer(grid_of(weight))).expand(bias.shape)  # type: ignore[union-attr, arg-type]
+            set_bias(network, layer, ((bias.detach().double() / step).round() * step).to(bias.dtype), at_bias)
+    network.recompile()
 
 
 def channel_means(node: fx.Node, value: Tensor) -> Tensor:

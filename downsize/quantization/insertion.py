@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
 from ..network.network import Network
-from ..network.rewrite import add_constant, constant, insert_after
+from ..network.rewrite import add_constant, constant, insert_after, set_constant
 from ..numerics import grids
-from ..numerics.grids import Grid
+from ..numerics.grids import SYMMETRIC_INT8, Grid
+from ..numerics.lowbit import (
+    TERNARY,
+    Levels,
+    binary_codes,
+    binary_connect,
+    binary_weight,
+    codes_of,
+    least_error_step,
+    ternary_weight,
+    trained_ternary,
+    two_magnitudes,
+)
 from .placement import Placement, WeightPoint
 from .ranges import Range
 
@@ -17,14 +31,45 @@ DYNAMIC = torch.ops.downsize.fake_quantize_dynamic.default
 
 
 def quantize_weights(network: Network, points: list[WeightPoint], grid: Grid) -> None:
-    """Fake-quantize the weights in place: symmetric, one scale along the point's axis (or one for all), covering the largest value."""
+    """Fake-quantize the weights in place: symmetric, one scale along the point's axis (or one for all).
+
+    On the grid of int8 it covers the largest value; on a smaller one it has the least squared error.
+    """
     for point in points:
         weight = network.tensor(str(point.node.target)).detach()
-        scale, zero_point = grids.symmetric(extremes(weight, point.axis), grid)
-        first = next(iter(point.node.users))
+        if grid == SYMMETRIC_INT8:
+            scale, _ = grids.symmetric(extremes(weight, point.axis), grid)
+        else:
+            scale = least_error_step(weight, point.axis, grid)
+        _quantize_weight(network, point, scale, grid)
+
+
+def quantize_to_levels(network: Network, points: list[WeightPoint], levels: Levels) -> None:
+    """Give the weights two or three values a row, in place, and fake-quantize them on the grid of these values."""
+    for point in points:
         name = str(point.node.target)
-        made = [add_constant(network, f"{name}_{what}", tensor, first) for what, tensor in (("step", scale), ("offset", zero_point))]
-        insert_after(network, point.node, FAKE, (*made, point.axis, grid.low, grid.high))
+        weight = network.tensor(name).detach()
+        codes, scale = codes_of(*function_of(levels, weight, point.axis, name in network.sparse))
+        set_constant(network, point.node, codes * grids.per_axis(scale, point.axis, weight.dim()))
+        _quantize_weight(network, point, scale, SYMMETRIC_INT8 if levels == "ttq" else TERNARY)
+
+
+def function_of(levels: Levels, weight: Tensor, axis: int | None, masked: bool) -> tuple[Any, ...]:
+    """The function that gives a weight such levels (see ``numerics/lowbit.py``), and its arguments as training begins; ``masked``: zeros stay."""
+    if levels == "ttq":
+        start = two_magnitudes(weight, axis, masked)
+        return trained_ternary, weight, start, torch.ones_like(start), axis, masked
+    if levels == "binary_connect":
+        return binary_connect, weight, binary_codes(weight, axis, masked)[1], axis, masked
+    return {"twn": ternary_weight, "xnor": binary_weight}[levels], weight, axis, masked
+
+
+def _quantize_weight(network: Network, point: WeightPoint, scale: Tensor, grid: Grid) -> None:
+    first = next(iter(point.node.users))
+    name = str(point.node.target)
+    parts = ("step", scale), ("offset", torch.zeros_like(scale, dtype=torch.int32))
+    made = [add_constant(network, f"{name}_{what}", tensor, first) for what, tensor in parts]
+    insert_after(network, point.node, FAKE, (*made, point.axis, grid.low, grid.high))
 
 
 def extremes(weight: Tensor, axis: int | None) -> Tensor:

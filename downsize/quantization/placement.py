@@ -200,10 +200,10 @@ def _operands(node: fx.Node) -> list[object]:
 
 
 def _codes(node: object, flowing: dict[fx.Node, fx.Node | None]) -> bool:
-    return isinstance(node, fx.Node) and (node in flowing or (_transparent(node) and _codes(node.args[0], flowing)))
+    return isinstance(node, fx.Node) and (node in flowing or (is_transparent(node) and _codes(node.args[0], flowing)))
 
 
-def _transparent(node: fx.Node) -> bool:
+def is_transparent(node: fx.Node) -> bool:
     """Zero padding: zero is on every grid, and exporters merge the pad into the convolution behind it."""
     return node.target is aten.pad.default and is_zero_padding(node)
 
@@ -226,7 +226,7 @@ def _wanted(flowing: dict[fx.Node, fx.Node | None], optional: list[fx.Node], lay
 
 
 def _reads_codes(user: fx.Node, kept: dict[fx.Node, fx.Node | None], layers: set[fx.Node]) -> bool:
-    if _transparent(user):
+    if is_transparent(user):
         return any(_reads_codes(reader, kept, layers) for reader in user.users)
     return user in layers or (user in kept and user.target in MOVES) or (user.target in COMBINES and end_of(user) in kept)
 
@@ -238,7 +238,7 @@ def _inputs_only(layers: list[fx.Node], flowing: set[fx.Node]) -> list[Point]:
         source = layer.args[WEIGHT_LAYERS[layer.target][0]]
         assert isinstance(source, fx.Node)
         reader = layer
-        while _transparent(source):
+        while is_transparent(source):
             reader, source = source, source.args[0]
         if source not in flowing and reader not in readers.setdefault(source, []):
             readers[source].append(reader)

@@ -1,51 +1,67 @@
-"""int8 quantization after training: static, dynamic, or of the weights alone."""
+"""Quantization of weights and activations to 8 bits and fewer: after training, and with training."""
 
 from __future__ import annotations
 
-from dataclasses import field
-from typing import Any, Literal
+from dataclasses import field, replace
+from typing import Literal
 
+from pydantic import Field
 from torch import fx
 
-from ..errors import TaskError
+from ..errors import SpecError, TaskError
 from ..network.judge import Judge
 from ..network.network import Network
 from ..network.rewrite import aten, drop_identities, fold_batch_norm, fold_padding
-from ..network.statistics import Pieces, distributions
-from ..numerics.grids import SYMMETRIC_INT8, UINT8
-from ..quantization.correction import correct_biases
+from ..network.statistics import Distribution, Pieces, distributions
+from ..numerics.grids import UINT8, Grid
+from ..numerics.lowbit import Levels
+from ..quantization.bits import Bits
+from ..quantization.correction import correct_biases, round_biases
 from ..quantization.equalization import equalize
-from ..quantization.insertion import quantize_activations, quantize_dynamically, quantize_weights, settle
-from ..quantization.placement import Placement, place
-from ..quantization.ranges import ESTIMATORS, Range, candidates, choose
+from ..quantization.insertion import quantize_activations, quantize_dynamically, quantize_to_levels, quantize_weights, settle
+from ..quantization.learned import learnable, settle_learned
+from ..quantization.norms import fold, unfold
+from ..quantization.placement import Placement, WeightPoint, place
+from ..quantization.ranges import ESTIMATORS, Range, candidates, choose, mean_squared_error
 from ..quantization.rounding import round_weights
 from ..quantization.smoothing import smooth
 from ..spec import frozen
 from ..task import Task
+from ..training.plan import Training
+from ..training.quantizing import Quantizing
 
 # How many pieces (of one sample or a few) are enough to compare choices, and to solve for weights and biases.
 TRIAL_PIECES = 8
 ROUNDING_PIECES = 40
 MEAN_PIECES = 64
+FLOAT = 32  # bits of what is not quantized
+Width = Literal[2, 3, 4, 5, 6, 7, 8, 32]
 
 
 @frozen
 class Quantize:
-    """Make weights and activations int8.
+    """Make weights and activations integers of 8 bits or fewer.
 
     ``quantize()`` folds batch norms, measures every activation on the calibration data, tries several ranges for each and keeps the one
     with the least error in the layers that read it, equalizes channels where that helps, and corrects the biases. Choices are judged on
     ``holdout`` samples that the ranges were not measured on, and the plain choice (full ranges, no correction) is kept when it is better.
+    With ``train`` that is where training starts from.
 
     Fields:
+        bits: of weights, 2 to 8; 32: all stay as they are, and with them the network. ``activation_bits``: of what layers read; not given:
+            8, or 32 with other ``levels`` than uniform. ``ends``: of weights and inputs of the first and the last layer, and of tables.
+        levels: the values of weights: ``uniform`` (a grid of ``bits``), ``twn`` and ``ttq`` (three a row, evenly spaced or not),
+            ``xnor`` and ``binary_connect`` (two a row; see ``numerics/lowbit.py``). The ends stay uniform.
         activations: ``static`` (ranges measured now: CNNs, and transformers that must be fast everywhere), ``dynamic`` (ranges measured
             at every run, linear layers only: fast in ONNX Runtime alone), ``none`` (only weights: a quarter of the bytes, no faster).
+        train: train the rounded network. True: to imitate the original model, else as the plan says, e.g. ``finetune(epochs=3)``.
+        warmup_share: the part of the training in which batch norms are still there, with moving statistics; then they are folded.
         ranges: which range estimators compete: minmax, percentile, mse, entropy.
         samples: calibration samples used at most. ``holdout``: of these, how many judge the choices.
         equalize: try cross-layer equalization. ``smooth``: try smoothing the inputs of linear layers. ``correct``: correct biases.
         embeddings: quantize embedding tables too, one scale a row.
 
-    Example: ``quantize(activations='static', samples=128)``.
+    Example: ``quantize(bits=4, activation_bits=4, train=True)``.
     """
 
     activations: Literal["static", "dynamic", "none"] = "static"
@@ -57,6 +73,24 @@ class Quantize:
     rounding: Literal["nearest", "gptq"] = "gptq"
     correct: bool = True
     embeddings: bool = True
+    bits: Width = 8
+    activation_bits: Width | None = None
+    ends: Width = 8
+    levels: Levels = "uniform"
+    train: bool | Training = False
+    warmup_share: float = Field(default=1 / 3, ge=0, lt=1)
+
+    def __post_init__(self) -> None:
+        if self.activations == "dynamic" and self.activation_bits not in (None, 8):
+            raise SpecError(f"quantize: activation_bits={self.activation_bits} came; dynamic activations have 8 bits.")
+        if self.activations == "none" and self.activation_bits not in (None, FLOAT):
+            raise SpecError(f"quantize: activation_bits={self.activation_bits} came, and activations='none'; leave one out.")
+        if self.bits == FLOAT and self.kind != "none":
+            raise SpecError("quantize: bits=32 came with quantized activations, where runtimes round weights to 8 bits by themselves: use bits=8.")
+        if self.levels != "uniform" and self.bits != 8:
+            raise SpecError(f"quantize: bits={self.bits} came; levels={self.levels!r} says already how many values a weight has.")
+        if self.activations == "dynamic" and self.plan is not None:
+            raise SpecError("quantize: dynamic ranges are not trained; use activations='static' or 'none'.")
 
     def __call__(self, network: Network, task: Task) -> Network:
         """The quantized network: the same function with fake quantizers in it, which a runtime's export turns into integers.
@@ -64,18 +98,58 @@ class Quantize:
         Raises:
             TaskError: no calibration data, or NaN in it or in what the network makes of it.
         """
-        plain = network.fork().eval()
-        drop_identities(plain)
+        if self.bits == FLOAT:
+            return network.fork()
+        original = network.fork().eval()
+        drop_identities(original)
+        fold_padding(original)
+        plain = original.fork()
         fold_batch_norm(plain)
-        fold_padding(plain)
-        if self.activations != "static":
-            return self._weights_only(plain)
-        pieces = self._split(plain, task)
-        judge = Judge(plain, pieces[1], settle)
-        plain = self._balanced(plain, pieces, judge)
-        made = self._static(plain, pieces, judge)
-        made.origin["quantized"] = "int8 static"
+        if self.kind == "dynamic" or (self.kind == "none" and self.is_plain):
+            made = self._without_data(plain.fork())
+        else:
+            pieces = self._split(plain, task)
+            judge = Judge(plain, pieces[1], settle)
+            # Batch norms that training brings back know the channels as they were.
+            keeps = self.plan is not None and self.warmup_share > 0 and _norms(original) > _norms(plain)
+            plain = self._balanced(plain, pieces, judge, self.equalize and not keeps)
+            made = self._fitted(plain, pieces, judge)
+        made.origin["quantized"] = self._told()
+        if self.plan is not None:
+            made = self._trained(made, plain, original, self.plan, task)
+        round_biases(made)
         return made
+
+    # What is wanted --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> str:
+        """``activations``, or "none" where their bits say so."""
+        width = (8 if self.levels == "uniform" else FLOAT) if self.activation_bits is None else self.activation_bits
+        return "none" if width == FLOAT and self.activations == "static" else self.activations
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether weights are int8, all on the largest value's scale, so that no data is needed."""
+        return self.bits == self.ends == 8 and self.levels == "uniform"
+
+    @property
+    def plan(self) -> Training | None:
+        """How it is trained, if at all."""
+        return (Training() if self.train else None) if isinstance(self.train, bool) else self.train
+
+    @property
+    def widths(self) -> Bits:
+        """The bits of everything."""
+        return Bits(self.bits, self.activation_bits or 8, self.ends)
+
+    def _told(self) -> str:
+        if self.is_plain and self.activation_bits in (None, 8):
+            return f"int8 {self.kind}"
+        weights = f"{self.bits} bits" if self.levels == "uniform" else self.levels
+        return f"weights {weights}, activations {self.kind if self.kind != 'static' else f'{self.widths.activations} bits'}, ends {self.ends} bits"
+
+    # After training --------------------------------------------------------------------------------------------------------------
 
     def _split(self, network: Network, task: Task) -> tuple[Pieces, Pieces]:
         """Calibration inputs to measure on, and others, spread evenly among them, to judge by."""
@@ -84,10 +158,10 @@ class Quantize:
             return pieces, pieces
         return pieces.parted(max(2, len(pieces) // max(1, min(self.holdout, len(pieces) // 2))))
 
-    def _balanced(self, plain: Network, pieces: tuple[Pieces, Pieces], judge: Judge) -> Network:
+    def _balanced(self, plain: Network, pieces: tuple[Pieces, Pieces], judge: Judge, equal: bool) -> Network:
         """The network with scales moved between its layers, where plain rounding of it on full ranges then loses less; else as it came."""
         loss = None
-        for balance, wanted in ((_equalized, self.equalize), (_smoothed, self.smooth)):
+        for balance, wanted in ((_equalized, equal), (_smoothed, self.smooth and self.kind == "static")):
             balanced = plain.fork()
             if wanted and balance(balanced, pieces):
                 loss = self._trial(plain, pieces, judge) if loss is None else loss
@@ -96,22 +170,20 @@ class Quantize:
         return plain
 
     def _trial(self, network: Network, pieces: tuple[Pieces, Pieces], judge: Judge) -> float:
-        placement = place(network)
+        placement = self._place(network)
         measured = distributions(network, _spread(pieces[0], TRIAL_PIECES), _own(placement))
-        return judge(self._build(network, placement, {node: (d.low, d.high) for node, d in measured.items()}))
+        grids = _grids(self.widths.groups(network, placement))
+        return judge(self._build(network, placement, {node: _simple_range(found, grids[node]) for node, found in measured.items()}))
 
-    def _static(self, plain: Network, pieces: tuple[Pieces, Pieces], judge: Judge) -> Network:
+    def _fitted(self, plain: Network, pieces: tuple[Pieces, Pieces], judge: Judge) -> Network:
         fit, held = pieces
-        placement = place(plain)
+        placement = self._place(plain)
         if not placement.layers:
             raise TaskError("The network has no convolution or linear layer with a constant weight: there is nothing to quantize.")
-        measured = distributions(plain, fit, _own(placement))
-        options = {node: candidates(found, UINT8, self.ranges) for node, found in measured.items()}
-        chosen = choose(plain, placement.activations, options, _spread(held, TRIAL_PIECES), UINT8)
-        full = {node: ranges[0] for node, ranges in options.items()}
-        trials = [self._build(plain, placement, ranges) for ranges in ([full, chosen] if "minmax" in self.ranges else [chosen])]
+        trials = [self._build(plain, placement, ranges) for ranges in self._ranges(plain, placement, fit, held)]
         loss, best = min(((judge(trial), trial) for trial in trials), key=lambda pair: pair[0])
-        for improve, wanted, count in ((round_weights, self.rounding == "gptq", ROUNDING_PIECES), (correct_biases, self.correct, MEAN_PIECES)):
+        solve = self.rounding == "gptq" and self.levels == "uniform"
+        for improve, wanted, count in ((round_weights, solve, ROUNDING_PIECES), (correct_biases, self.correct, MEAN_PIECES)):
             if wanted:
                 improved = best.fork()
                 improve(plain, improved, _spread(fit, count))
@@ -119,32 +191,71 @@ class Quantize:
                     loss, best = lower, improved
         return best
 
+    def _ranges(self, plain: Network, placement: Placement, fit: Pieces, held: Pieces) -> list[dict[fx.Node, Range]]:
+        """Ranges of all activations to choose between: the full ones, and those that each cause the least error."""
+        measured = distributions(plain, fit, _own(placement)) if placement.activations else {}
+        full: dict[fx.Node, Range] = {}
+        chosen: dict[fx.Node, Range] = {}
+        for grid, part in self.widths.groups(plain, placement):
+            options = {node: candidates(measured[node], grid, self.ranges) for node in _own(part)}
+            full |= {node: ranges[0] for node, ranges in options.items()}
+            chosen |= choose(plain, part.activations, options, _spread(held, TRIAL_PIECES), grid)
+        return [full, chosen] if "minmax" in self.ranges and placement.activations else [chosen]
+
+    def _place(self, network: Network) -> Placement:
+        placement = place(network)
+        groups = self.widths.groups(network, placement) if self.kind == "static" else []
+        return replace(placement, activations=[point for _, part in groups for point in part.activations])
+
     def _build(self, plain: Network, placement: Placement, ranges: dict[fx.Node, Range]) -> Network:
         made = plain.fork()
         moved = placement.on(made)
         by_name = {node.name: bounds for node, bounds in ranges.items()}
-        quantize_activations(made, moved, {node: by_name[node.name] for node in _own(moved)}, UINT8)
-        quantize_weights(made, self._tables(made, moved), SYMMETRIC_INT8)
+        for grid, part in self.widths.groups(made, moved):
+            quantize_activations(made, part, {node: by_name[node.name] for node in _own(part)}, grid)
+        self._quantize_weights(made, moved)
         made.recompile()
         return made
 
-    def _tables(self, network: Network, placement: Placement) -> list[Any]:
-        def is_table(node: fx.Node) -> bool:
-            return all(user.target is aten.embedding.default for user in node.users)
+    def _quantize_weights(self, network: Network, placement: Placement) -> None:
+        at_ends, inner = self.widths.parts(network, placement, self._is_wanted)
+        grids = self.widths.grids
+        if self.ends != FLOAT:
+            quantize_weights(network, at_ends, grids[0])
+        if self.levels == "uniform":
+            quantize_weights(network, inner, grids[1])
+        else:
+            quantize_to_levels(network, inner, self.levels)
 
-        return [point for point in placement.weights if self.embeddings or not is_table(point.node)]
+    def _is_wanted(self, point: WeightPoint) -> bool:
+        return self.embeddings or not all(user.target is aten.embedding.default for user in point.node.users)
 
-    def _weights_only(self, plain: Network) -> Network:
+    def _without_data(self, plain: Network) -> Network:
         placement = place(plain)
-        if self.activations == "dynamic":
+        if self.kind == "dynamic":
             linear = [layer for layer in placement.layers if layer.target is aten.linear.default]
             if not linear:
                 raise TaskError("The network has no linear layer; dynamic quantization is for those: use quantize(activations='static').")
             quantize_dynamically(plain, placement, linear)
-        quantize_weights(plain, self._tables(plain, placement), SYMMETRIC_INT8)
+        self._quantize_weights(plain, placement)
         plain.recompile()
-        plain.origin["quantized"] = f"int8 {self.activations}"
         return plain
+
+    # With training ---------------------------------------------------------------------------------------------------------------
+
+    def _trained(self, made: Network, plain: Network, original: Network, plan: Training, task: Task) -> Network:
+        """The quantized network with weights, steps and zero points trained: first with its batch norms, then with them folded."""
+        _, inner = self.widths.parts(plain, self._place(plain), self._is_wanted)
+        levels: dict[str, Levels] = {str(point.node.target): self.levels for point in inner} if self.levels != "uniform" else {}
+        student = learnable(made, plain, levels)
+        norms = unfold(student, original) if self.warmup_share else []
+        if norms:
+            student = plan.train(student, task, hooks=[Quantizing(plan.optimizer, norms)], share=(0.0, self.warmup_share))
+            fold(student, norms)
+            plan = replace(plan, norms="freeze")
+        student = plan.train(student, task, hooks=[Quantizing(plan.optimizer)], share=(self.warmup_share if norms else 0.0, 1.0))
+        settle_learned(student)
+        return student
 
 
 def _equalized(network: Network, pieces: tuple[Pieces, Pieces]) -> int:
@@ -155,6 +266,15 @@ def _smoothed(network: Network, pieces: tuple[Pieces, Pieces]) -> int:
     return smooth(network, place(network), _spread(pieces[0], ROUNDING_PIECES), _spread(pieces[1], TRIAL_PIECES))
 
 
+def _simple_range(distribution: Distribution, grid: Grid) -> Range:
+    """The full range, or, where there are few codes, the one with the least squared error."""
+    return (distribution.low, distribution.high) if grid == UINT8 else mean_squared_error(distribution, grid)
+
+
+def _norms(network: Network) -> int:
+    return sum(node.target is aten.batch_norm.default for node in network.graph.nodes)
+
+
 def _spread(pieces: Pieces, count: int) -> Pieces:
     """At most ``count`` of the pieces, evenly over the data."""
     return pieces[:: max(1, -(-len(pieces) // count))]
@@ -162,3 +282,7 @@ def _spread(pieces: Pieces, count: int) -> Pieces:
 
 def _own(placement: Placement) -> list[fx.Node]:
     return [point.node for point in placement.activations if point.like is None]
+
+
+def _grids(groups: list[tuple[Grid, Placement]]) -> dict[fx.Node, Grid]:
+    return {node: grid for grid, part in groups for node in _own(part)}
