@@ -113,11 +113,12 @@ class Distill(Training):
         """The objective with any teacher."""
         student = student.fork().eval()
         pieces, port = calibration(student, task)
-        inner, taught = None, Teacher(teacher.predict)
+        inner, name = None, self.teacher or ""
+        taught = Teacher(teacher.predict, name=name)
         if self.features != "none" and self.feature_weight > 0:
             inside = teacher.network().fork().eval()
             inner = features(self.features, student, inside, pieces, teacher.alike, port)
-            taught = Teacher(teacher.predict, inside, inner.teacher_taps)
+            taught = Teacher(teacher.predict, inside, inner.teacher_taps, name)
         made = Distillation(student, task, taught, self.outputs, self.temperature, self.weight, inner, self.feature_weight, port)
         return made.with_branches(layers(student), self.branches, self.seed) if self.branches else made
 

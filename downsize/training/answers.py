@@ -36,7 +36,6 @@ class Answers(nn.Module):
         super().__init__()
         self.predict, self.limit = predict, limit
         self.usable: bool | None = None  # None: not tried yet
-        self.computed = 0  # rows that the teacher was asked for
         self._forget()
 
     def _forget(self) -> None:
@@ -64,9 +63,7 @@ class Answers(nn.Module):
     def ask(self, inputs: Any) -> list[Tensor]:
         """The flat outputs, computed; nothing is kept."""
         with torch.no_grad():
-            outputs = [torch.as_tensor(leaf) for leaf in flatten(self.predict(inputs))[0]]
-        self.computed += len(outputs[0]) if outputs and outputs[0].dim() else 1
-        return outputs
+            return [torch.as_tensor(leaf) for leaf in flatten(self.predict(inputs))[0]]
 
     def _rows_stand_alone(self, inputs: Any, count: int) -> bool:
         some = [count - 1, 0] if count > 2 else [1]

@@ -57,6 +57,7 @@ class Distillation(Objective):
     ) -> None:
         super().__init__()
         self.teacher, self.weight, self.feature_weight, self.port = teacher, weight, feature_weight, port
+        self.choice, self.temperature = outputs, temperature  # beside the weights, what tells one distillation from another
         inputs, targets = next(task.batches("train" if "train" in task.data else "calibrate"))
         expected = teacher.outputs(inputs)
         refuse_unlike(student, inputs, expected)

@@ -18,12 +18,12 @@ class Teacher(nn.Module):
     Args:
         predict: gives its outputs; they are kept by sample (see :class:`~downsize.training.answers.Answers`).
         network: the teacher as a network, in evaluation mode, where ``taps``, names of its nodes, are asked for. Then it runs for each batch.
+        name: tells teachers apart.
     """
 
-    def __init__(self, predict: Callable[[Any], Any], network: Network | None = None, taps: Sequence[str] = ()) -> None:
+    def __init__(self, predict: Callable[[Any], Any], network: Network | None = None, taps: Sequence[str] = (), name: str = "") -> None:
         super().__init__()
-        self.taps = tuple(taps)
-        self.network = network
+        self.taps, self.name = tuple(taps), name
         self.tapped = None if network is None or not self.taps else with_values(network, self.taps)
         self.answers = Answers(predict)
 
