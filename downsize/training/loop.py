@@ -29,7 +29,7 @@ from .objective import Batch, Objective
 from .optimizer import optimizer_of, rate_at, set_rate
 from .precision import faster_in_bfloat16
 from .state import Best, State
-from .stream import Batches, Stream, drawing, seed_of
+from .stream import Batches, Stream, drawing, seed_of, seed_torch
 from .validation import Validation
 
 RENORMALISING = 512  # samples that batch norms are measured again on
@@ -193,7 +193,7 @@ class _Run:
         learner, settings = self.learner, self.settings
         (inputs, targets), place, weight = self._next_batch()
         before = [tensor.clone() for tensor in self.statistics]
-        torch.manual_seed(seed_of(settings.seed, "step", self.first + learner.step, self.devices.rank))
+        seed_torch(seed_of(settings.seed, "step", self.first + learner.step, self.devices.rank))
         learner.rate = rate_at(self.first + learner.step, self.all, settings.rate, settings.schedule, settings.warmup)
         set_rate(self.optimizer, learner.rate)
         for hook in self.hooks:

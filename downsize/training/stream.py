@@ -127,8 +127,15 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
+def seed_torch(seed: int) -> None:
+    """As ``torch.manual_seed``, which without a GPU keeps a record of every call for one that may come."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
 def _seed(*parts: object) -> None:
     seed = seed_of(*parts)
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_torch(seed)
