@@ -10,7 +10,7 @@ that scales gradients (AdamW) the loss is scaled, the penalty is not.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -31,7 +31,16 @@ def soft_threshold(tensor: Tensor, amount: float) -> None:
         tensor.copy_(tensor.sign() * (tensor.abs() - amount).clamp(min=0))
 
 
-class L1(Hook):
+class Penalty(Hook):
+    """A hook that makes zeros by steps of its own: the training's last state is what was asked for, whatever validation likes."""
+
+    strength: float
+
+    def ready(self, learner: Learner) -> bool:
+        return self.strength == 0 or learner.step == learner.steps
+
+
+class L1(Penalty):
     """``strength * sum |w|`` over the weights of linear layers and convolutions, by its proximal step (Daubechies et al. 2004, arXiv
     math/0307152): weights become exactly zero.
 
@@ -51,7 +60,7 @@ class L1(Hook):
                 soft_threshold(learner.parameters[name], learner.rate * self.strength)
 
 
-class Slimming(Hook):
+class Slimming(Penalty):
     """``strength * sum |gain|`` over the gains of batch norms (network slimming; Liu et al. 2017, arXiv 1708.06519): channels whose gain is
     zero give the same for every input, and ``prune(importance="scale")`` takes them first.
 
@@ -72,7 +81,7 @@ class Slimming(Hook):
                 soft_threshold(learner.parameters[name], learner.rate * self.strength)
 
 
-class GroupL1(Hook):
+class GroupL1(Penalty):
     """``strength * sum over units of sqrt(entries) * |all weights of the unit|`` (group lasso; Yuan & Lin 2006): whole units become zero.
 
     The weights of a unit are those of every trained tensor that carries it: what makes it, its batch norm, what reads it. A weight belongs
@@ -120,7 +129,7 @@ def _carriers(axis: Axis, tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, i
     return [(tensors[name], dim, torch.from_numpy(np.asarray(unit))) for (name, dim), unit in found if name in tensors]
 
 
-PENALTIES: dict[str, type[L1] | type[GroupL1] | type[Slimming]] = {"l1": L1, "group_l1": GroupL1, "scale": Slimming}
+PENALTIES: dict[str, Callable[[Network, float], Hook]] = {"l1": L1, "group_l1": GroupL1, "scale": Slimming}
 
 
 def hooks_for(network: Network, penalty: str, strength: float) -> list[Hook]:

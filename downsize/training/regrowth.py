@@ -7,8 +7,6 @@ from math import cos, pi
 import torch
 from torch import Tensor
 
-from ..numerics.sparsity import keep_best
-
 # The share of a layer's weights that move at first.
 FRACTION = 0.3
 
@@ -31,8 +29,15 @@ def regrown(mask: Tensor, weight: Tensor, gradient: Tensor, share: float, allowe
     Returns: a mask with as many weights.
     """
     active = int(mask.sum())
-    kept = keep_best(torch.where(mask, weight.abs().double(), -1.0), active - round(share * active)) & mask
+    sizes = torch.where(mask, weight.abs().double(), -1.0)
+    largest = torch.zeros_like(mask).scatter_(2, sizes.argmax(2, keepdim=True), True) & mask
+    staying = max(active - round(share * active), int(largest.sum()))
+    kept = _highest(torch.where(largest, torch.inf, sizes), staying)
     free = allowed & ~kept
-    count = min(active - int(kept.sum()), int(free.sum()))
-    chosen = torch.where(free, gradient.abs().double(), -1.0).flatten().topk(count).indices
-    return kept | torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device).scatter_(0, chosen, True).reshape(mask.shape)
+    return kept | _highest(torch.where(free, gradient.abs().double(), -1.0), active - staying)
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """The mask of the ``count`` highest scores."""
+    chosen = scores.flatten().topk(count).indices
+    return torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device).scatter_(0, chosen, True).reshape(scores.shape)
