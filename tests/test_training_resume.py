@@ -281,7 +281,7 @@ def test_a_run_goes_on_in_the_middle_of_a_training_and_leaves_no_checkpoint(tmp_
     killed = run(other, STOP="5", SIGNAL="SIGKILL")
     assert killed.returncode == -9 and "going on behind step 7 of 18" in killed.stderr
     resumed = run(other)
-    assert resumed.returncode == 0 and "going on behind step 11 of 18" in resumed.stderr
+    assert resumed.returncode == 0 and "going on behind step 11 of 18" in resumed.stderr, resumed.stderr
     assert networks(one) == networks(other) and len(networks(one)) == 3
     assert not (other / "checkpoints").exists() and not (one / "checkpoints").exists()
 

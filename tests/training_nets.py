@@ -127,7 +127,7 @@ class Signals(Hook):
 def distance(one: Network, other: Network) -> float:
     """The largest difference between the tensors of two networks, by name."""
     others = dict(other.named_tensors())
-    return max(float((tensor.double() - others[name].double()).abs().max()) for name, tensor in one.named_tensors())
+    return max(float((tensor.detach().double() - others[name].detach().double()).abs().max()) for name, tensor in one.named_tensors())
 
 
 def outputs(network: Network, inputs: Any) -> Tensor:
