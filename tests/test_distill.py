@@ -26,6 +26,7 @@ from downsize.techniques.finetune import Finetune
 from downsize.techniques.prune import Prune
 from downsize.testing import check_technique
 from downsize.training.hook import Hook, Learner
+from downsize.training.pairing import layers
 from downsize.training.students import narrow, shallow
 
 
@@ -302,6 +303,22 @@ def test_features_of_a_pruned_network_are_those_of_its_namesakes(name, features)
     made = Distill(steps=2, features=features)(pruned, task)
     made.check()
     assert distance(made, pruned) > 0
+
+
+def test_it_is_a_plan_inside_other_steps():
+    network, task = zoo_task("plain")
+    first, second = (
+        "prune(ratio=0.6, multiple=1, tune=distill(steps=3, features='attention'))",
+        "quantize(bits=4, train=distill(steps=6, features='hint'))",
+    )
+    recipe = Recipe.parse(f"{first} | {second}")
+    pruned = recipe.steps[0](network, task)
+    made = recipe.steps[1](pruned, task)
+    made.check()
+    assert [told["steps"] for told in pruned.origin["trained"]] == [3]
+    assert sum(told["steps"] for told in made.origin["trained"]) == 9
+    # where values are rounded, the layers are the values before, under the names they had
+    assert [layer.name for layer in layers(made)] == [layer.name for layer in layers(pruned)] == ["max_pool2d", "relu__1"]
 
 
 # That it helps ------------------------------------------------------------------------------------------------------------------------

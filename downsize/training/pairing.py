@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from ..network.rewrite import aten
 from ..network.statistics import Hook, walk
 from ..numerics.distillation import kernel
 from ..pruning.depth import CHANNELS_LAST, CHANNELS_SECOND
+from ..pruning.structure import QUANTIZERS
 
 # Positions of calibration data on which layers are compared, and of these so many for the comparison itself.
 ROWS, COMPARED = 1024, 512
@@ -68,8 +70,10 @@ class Pair:
 def layers(network: Network) -> tuple[Layer, ...]:
     """The values that all data passes through, in the graph's order: of those without products between them the last one of each kind.
 
-    Outputs, and what is computed from inputs or up to outputs without any product, are not among them.
+    Outputs, and what is computed from inputs or up to outputs without any product, are not among them. Where a network rounds values, the
+    layer is the value before.
     """
+    network = unquantized(network)
     flow = Flow(network)
     output = network.graph.output_node()
     ports = [node for node in network.graph.nodes if node.op == "placeholder" and flow.reaches(node, output)]
@@ -88,6 +92,18 @@ def layers(network: Network) -> tuple[Layer, ...]:
                 found.pop()
             found.append((node, layer))
     return tuple(layer for _, layer in found)
+
+
+def unquantized(network: Network) -> Network:
+    """A fork in which what reads a rounded value reads the value itself: quantizers, and the Python functions that stand for them in training,
+    are gone, the other nodes have the names they had."""
+    made = network.fork()
+    for node in list(made.graph.nodes):
+        if node.op == "call_function" and (node.target in QUANTIZERS or isinstance(node.target, types.FunctionType)):
+            node.replace_all_uses_with(node.args[0])
+            made.graph.erase_node(node)
+    made.recompile()
+    return made
 
 
 def _products_beside(flow: Flow, node: fx.Node, output: fx.Node) -> bool:
