@@ -30,7 +30,7 @@ def with_tensors(network: Network, tensors: Mapping[str, Tensor]) -> Network:
     own: dict[int, Tensor] = {}
     for name, tensor in list(made.named_tensors()):
         if id(tensor) not in own:
-            value = tensors[name].detach().clone()
+            value = tensors[name].detach().clone(memory_format=torch.contiguous_format)
             own[id(tensor)] = torch.nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else value
         assign(made.graph_module, name, own[id(tensor)])
     return made

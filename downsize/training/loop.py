@@ -24,6 +24,7 @@ from .digest import digest_of_settings
 from .hook import Hook, Learner
 from .interrupt import Interrupt
 from .keeping import Average, snapshot, with_tensors
+from .layout import arrange, arranged
 from .norms import alone, moving, to_training
 from .objective import Batch, Objective
 from .optimizer import optimizer_of, rate_at, set_rate
@@ -113,6 +114,7 @@ class _Run:
         self.objective.to(self.devices.device)
         self._count_steps()
         self._make_learner()
+        self.channels_last = arrange(self.tapped, self.devices.there(self.network.flat(task.example)))
         self.masks = [(self.network.tensor(name), mask) for name, mask in self.network.masks().items()]
         average = None if settings.average is None else Average(self.network, settings.average)
         self.state = State(self.network, self.objective, self.optimizer, average, self.hooks)
@@ -199,6 +201,7 @@ class _Run:
         for hook in self.hooks:
             hook.before(learner)
         self.optimizer.zero_grad(set_to_none=True)
+        inputs = arranged(inputs) if self.channels_last else inputs
         loss = self._loss(Batch(inputs, self.devices.there(targets), self._leaves(inputs)))
         (loss * weight).backward()
         value = float(loss.detach())
