@@ -144,7 +144,7 @@ class Quantize:
         return Bits(self.bits, self.activation_bits or 8, self.ends)
 
     def _told(self) -> str:
-        if self.is_plain and self.activation_bits in (None, 8):
+        if self.is_plain and (self.kind == "none" or self.widths.activations == 8):
             return f"int8 {self.kind}"
         weights = f"{self.bits} bits" if self.levels == "uniform" else self.levels
         return f"weights {weights}, activations {self.kind if self.kind != 'static' else f'{self.widths.activations} bits'}, ends {self.ends} bits"

@@ -25,8 +25,9 @@ SMALLEST_FACTOR, SMALLEST_GAIN = 1e-2, 1e-5
 class Quantizing(Hook):
     """Lets a network of learned quantizers (``quantization/learned.py``) be trained.
 
-    With AdamW a step moves relative to its own size, and a zero point relative to the width of its grid; with SGD both move as the learned step
-    of Esser et al. 2020 does. None has weight decay.
+    With AdamW a step moves relative to its own size, and a zero point relative to the width of its grid. With SGD a step moves by the gradient of
+    Esser et al. 2020 times its own size, which for small steps is slower and steadier than without, and a zero point as its offset relative to
+    the step. None has weight decay.
 
     Args:
         optimizer: ``adamw`` or ``sgd``, which the factors of the rates are for.
@@ -41,7 +42,7 @@ class Quantizing(Hook):
         for node in learned_nodes(learner.network):
             if node.target is learned_step:
                 _, start, factor, zero, _, low, high = node.args
-                size = constant(learner.network, start).detach().double().square().mean().item()
+                size = constant(learner.network, start).detach().double().mean().item()
                 found[str(factor.target)] = 1.0 if self.optimizer == "adamw" else 1 / size
                 found[str(zero.target)] = float(high - low) if self.optimizer == "adamw" else 1 / size
             elif node.target is trained_ternary:
