@@ -16,6 +16,7 @@ from ..network.parts import assign
 from ..structure import looks_like_tensor
 
 MEND = 'training on GPUs or in several processes needs accelerate: pip install "downsize[train]"'
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # where launchers tell how many there are
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,24 @@ class Devices:
 
     @staticmethod
     def found() -> Devices:
-        """What ``accelerate launch`` (or torchrun) has set up; without it a GPU if torch sees one and accelerate is there, else the CPU.
+        """What ``accelerate launch``, torchrun or mpirun has set up; without them a GPU if torch sees one and accelerate is there, else the CPU.
 
         Raises:
-            RuntimeMissing: there are several processes, but accelerate is not installed.
+            RuntimeMissing: there are several processes, but accelerate is not installed, or does not join them.
         """
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if not several and not torch.cuda.is_available():
+        several = max(int(os.environ.get(name, "1")) for name in WORLD_SIZES)
+        if several == 1 and not torch.cuda.is_available():
             return Devices()
         try:
             from accelerate import Accelerator  # pyright: ignore[reportMissingImports]  (an extra)
         except ImportError as error:
-            if several:
+            if several > 1:
                 raise RuntimeMissing(f"{MEND} ({error})") from error
             return Devices()
-        made = Accelerator()
+        # Unless it is told that they are CPUs, accelerate lets each of several processes without GPUs believe that it is alone.
+        made = Accelerator(cpu=several > 1 and not torch.accelerator.is_available())
+        if made.num_processes != several:
+            raise RuntimeMissing(f"{several} processes were started, but accelerate joins {made.num_processes}: start them as it wants it.")
         return Devices(made.process_index, made.num_processes, made.device, made)
 
     @property
