@@ -79,8 +79,14 @@ class Recipe:
         return [self._call(step) for step in self.steps]
 
     def _call(self, step: Any) -> spec.Call:
-        fields = {key: self._call(value) if type(value) in self.techniques.values() else value for key, value in spec.fields_of(step).items()}
-        return spec.Call(self._word(step), fields)
+        word, fields = self._word(step), spec.fields_of(step)
+        for key, value in fields.items():
+            if type(value) in self.techniques.values():
+                fields[key] = self._call(value)
+            elif hasattr(value, "__pydantic_fields__"):
+                words = sorted(word for word, known in self.techniques.items() if issubclass(known, type(value)))
+                raise SpecError(f"{word}({key}=...): a {type(value).__name__} has no word in recipes; expected one of {', '.join(words) or 'them'}.")
+        return spec.Call(word, fields)
 
     def _word(self, step: Technique) -> str:
         for word, technique in self.techniques.items():
@@ -110,4 +116,19 @@ def _built(call: spec.Call, known: Techniques) -> Any:
                 value = spec.Call(word, dict(inner or {}))
         if isinstance(value, spec.Call):
             fields[key] = _built(value, known)
-    return spec.build(known[call.word], fields, call.word)
+    try:
+        return spec.build(known[call.word], fields, call.word)
+    except SpecError:
+        for key, value in call.fields.items():
+            _refuse_unknown_step(f"{call.word}({key}=...)", value, known)
+        raise
+
+
+def _refuse_unknown_step(where: str, value: Any, known: Techniques) -> None:
+    """Say it more plainly where a value was perhaps meant to be a step."""
+    if isinstance(value, str) and value in known:
+        raise SpecError(f"{where}: {value!r} came; expected a step, {value}() in text, {{{value}: {{}}}} in YAML.")
+    if isinstance(value, Mapping) and len(value) == 1:
+        ((word, inner),) = value.items()
+        if word not in known and (inner is None or isinstance(inner, Mapping)):
+            raise SpecError(f"{where}: there is no technique {word!r}; {nearest(word, known)}")

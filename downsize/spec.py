@@ -79,7 +79,10 @@ def parse(text: str) -> list[Call]:
     Raises:
         SpecError: the text is not of the form ``word(field=value, ...) | word(...)``.
     """
-    return [_parse_step(piece, text) for piece in _split(text, "|")] if text.strip() else []
+    try:
+        return [_parse_step(piece, text) for piece in _split(text, "|")] if text.strip() else []
+    except RecursionError:
+        raise SpecError(f"{text[:40]!r}... is nested too deeply; expected steps, and steps in their fields.") from None
 
 
 def spell(calls: Sequence[Call]) -> str:

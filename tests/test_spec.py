@@ -17,11 +17,17 @@ NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
 QUANTITIES = st.from_regex(r"[0-9]{1,3}(\.[0-9]{1,2})? ?(%|MB|kB|ms|s|x1?e)", fullmatch=True)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text() | QUANTITIES
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8)
+NESTED = st.recursive(VALUES, lambda inner: st.builds(Call, NAMES, st.dictionaries(NAMES, inner, max_size=3)), max_leaves=4)
 CALLS = st.lists(st.builds(Call, NAMES, st.dictionaries(NAMES, VALUES, max_size=4)), max_size=4)
 
 
 @given(CALLS)
 def test_text_gives_the_calls_back(calls):
+    assert parse(spell(calls)) == calls
+
+
+@given(st.lists(st.builds(Call, NAMES, st.dictionaries(NAMES, NESTED, max_size=3)), max_size=2))
+def test_text_gives_calls_in_calls_back(calls):
     assert parse(spell(calls)) == calls
 
 
@@ -50,6 +56,7 @@ def test_any_text_is_read_or_refused_cleanly(text):
         ("a(x=(1, 2), y={'k': [None, True]})", [Call("a", {"x": [1, 2], "y": {"k": [None, True]}})]),
         ("a(x='b|c, (d', y=\"it's\")", [Call("a", {"x": "b|c, (d", "y": "it's"})]),
         ("a(x=1e5, y=-2, z=0x10)", [Call("a", {"x": 1e5, "y": -2, "z": 16})]),
+        ("a(x=b(), y=c(z=d(e='|,)')), f=1)", [Call("a", {"x": Call("b"), "y": Call("c", {"z": Call("d", {"e": "|,)"})}), "f": 1})]),
     ],
 )
 def test_text_forms(text, calls):
@@ -72,6 +79,9 @@ def test_text_forms(text, calls):
         ("a(x=f(1))", "'1' in 'f(1)' is not a field"),
         ("a(x=1+2j)", "(1+2j) came; expected a number, text"),
         ("a(x={1: 2})", "{1: 2} came; expected a number, text"),
+        ("a(x=" * 5000 + ")" * 5000, "is nested too deeply"),
+        ("a(x=[b()])", "'[b()]' in 'a(x=[b()])' is not a value"),
+        ("a(x=b()c)", "'b()c' in 'a(x=b()c)' is not a value"),
         ("a(x=1e999)", "inf came; expected a finite number"),
     ],
 )
