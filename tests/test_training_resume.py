@@ -172,7 +172,7 @@ def test_whatever_changes_a_training_gives_it_another_checkpoint(tmp_path):
 
     def objective(task: Task, weight: float = 1.0) -> Scaled:
         made = Scaled(network, task)
-        made.weight = weight  # pyright: ignore[reportAttributeAccessIssue]
+        made.weight = weight  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
         return made
 
     frozen = network.copy()

@@ -85,17 +85,25 @@ def test_seek_ends_where_the_epoch_has_fewer_batches_than_once():
 
 
 def test_the_callers_generators_are_left_as_they_were():
-    random.seed(3), np.random.seed(3), torch.manual_seed(3)
-    wanted = random.random(), np.random.rand(), float(torch.rand(1))
-    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    def drawn() -> tuple[float, ...]:
+        return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+    def seed() -> None:
+        random.seed(3)
+        np.random.seed(3)
+        torch.manual_seed(3)
+
+    seed()
+    wanted = drawn()
+    seed()
     stream = Stream(augmented, 7)
     for _ in range(7):
         stream.next()
     stream.seek(2, 3)
     assert stream.length() == 5
     with drawing("anything"):
-        random.random(), np.random.rand(), torch.rand(1)
-    assert (random.random(), np.random.rand(), float(torch.rand(1))) == wanted
+        assert drawn() != wanted
+    assert drawn() == wanted
 
 
 def test_they_are_put_back_behind_an_error_too():
