@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -298,3 +300,16 @@ def test_only_states_that_hooks_call_ready_are_chosen():
     trained = replace(PLAIN, steps=5).train(network_of(task), task, Loss(), [Late()])
     assert trained.tensor("3.bias").tolist() == [4.0] * 3  # 0.3 behind step 4 is the best of steps 3, 4 and 5
     assert trained.origin["trained"] == [{"steps": 5, "best step": 4, "score before": 0.9, "score": 0.3}]
+
+
+def test_the_example_of_the_document_runs(capsys):
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        names: dict[str, Any] = {"__name__": "example"}
+        exec(code, names)
+    told = names["trained"].origin["trained"]
+    assert told[0]["steps"] == 30 and told[0]["score"] > told[0]["score before"]
+    assert capsys.readouterr().out.strip() == str(told)
+    assert all(float(tensor.detach().abs().max()) <= 0.5 for _, tensor in names["trained"].named_tensors())

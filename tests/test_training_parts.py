@@ -162,7 +162,7 @@ def norms() -> nn.Sequential:
 
 def test_a_single_value_a_channel_is_found_where_torch_refuses_it():
     torch.manual_seed(0)
-    model, tail = norms(), nn.Sequential(*norms()[:3], nn.Flatten(), nn.Linear(64, 3)).eval()
+    model, tail = norms(), nn.Sequential(*list(norms())[:3], nn.Flatten(), nn.Linear(64, 3)).eval()
     for one, refused in ((model, True), (tail, False)):
         network = capture(one, samples()[0][:2])
         assert not alone(network, [samples()[0][:1]])  # in evaluation mode

@@ -21,6 +21,7 @@ from downsize.errors import TrainingError
 from downsize.network.network import Network
 from downsize.progress import Progress
 from downsize.task import Task
+from downsize.techniques.finetune import Finetune
 from downsize.training.plan import Training
 
 BIAS = "5.bias"
@@ -162,40 +163,44 @@ def smoothed(outputs, targets):
     return torch.nn.functional.cross_entropy(outputs, targets, label_smoothing=0.1)
 
 
+class Weighed(Scaled):
+    def __init__(self, task: Task, weight: float) -> None:
+        super().__init__(network_of(task), task)
+        self.weight = weight
+
+
+def networks_of(task: Task) -> list[Network]:
+    """As it is, with a frozen tensor, with zeros, and with zeros that must stay."""
+    network = network_of(task)
+    frozen, sparse = network.copy(), network.copy()
+    frozen.tensor("0.bias").requires_grad_(False)
+    with torch.no_grad():
+        sparse.tensor("3.weight")[0] = 0
+    masked = sparse.copy()
+    masked.keep_zeros("3.weight")
+    return [network, frozen, sparse, masked]
+
+
 def test_whatever_changes_a_training_gives_it_another_checkpoint(tmp_path):
     def files() -> int:
         return len(list(tmp_path.iterdir()))
 
     base = task_of(smooth(), checkpoints=tmp_path)
     plan = Training(steps=1)
-    network = network_of(base)
-
-    def objective(task: Task, weight: float = 1.0) -> Scaled:
-        made = Scaled(network, task)
-        made.weight = weight  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-        return made
-
-    frozen = network.copy()
-    frozen.tensor("0.bias").requires_grad_(False)
-    sparse = network.copy()
-    with torch.no_grad():
-        sparse.tensor("3.weight")[0] = 0
-    masked = sparse.copy()
-    masked.keep_zeros("3.weight")
-    teacher = replace(base, models={"teacher": noisy()})
-    other_teacher = replace(base, models={"teacher": smooth()})
+    network, *others = networks_of(base)
+    tasks = [replace(base, models={"teacher": model}) for model in (noisy(), smooth())]
+    tasks += [replace(base, loss=loss) for loss in (fewer_classes, smoothed)]
+    tasks.append(replace(base, data={**base.data, "validate": lambda: parts(seed=6)}))
     calls = [
         lambda: plan.train(network, base),
-        lambda: plan.train(network, base, objective(base)),
-        lambda: plan.train(network, base, objective(base, 0.5)),
+        lambda: plan.train(network, base, Weighed(base, 1.0)),
+        lambda: plan.train(network, base, Weighed(base, 0.5)),
         lambda: plan.train(network, base, hooks=[Pulse("3.bias")]),
         lambda: plan.train(network, base, hooks=[Pulse("0.bias")]),
         lambda: replace(plan, seed=1).train(network, base),
         lambda: plan.train(network, base, share=(0.0, 0.5)),
-        *(lambda one=one: plan.train(one, base) for one in (frozen, sparse, masked)),
-        *(lambda one=one: plan.train(network, one) for one in (teacher, other_teacher)),
-        *(lambda loss=loss: plan.train(network, replace(base, loss=loss)) for loss in (fewer_classes, smoothed)),
-        lambda: plan.train(network, replace(base, data={**base.data, "validate": lambda: parts(seed=6)})),
+        *(lambda one=one: plan.train(one, base) for one in others),
+        *(lambda one=one: plan.train(network, one) for one in tasks),
     ]
     for number, call in enumerate(calls, start=1):
         call()
@@ -233,7 +238,8 @@ def test_training_does_not_draw_from_the_callers_generators():
     torch.manual_seed(4)
     wanted = torch.rand(3)
     torch.manual_seed(4)
-    PLAN.train(network, task)
+    Finetune(steps=2, every=1, renormalise=True)(network, task)
+    Training(steps=2, average=0.5).train(network, task)
     assert torch.equal(torch.rand(3), wanted)
 
 

@@ -9,6 +9,7 @@ from ..spec import frozen
 from ..task import Task
 from ..training.objective import Objective
 from ..training.plan import Training
+from ..training.stream import drawing
 from ..training.task_loss import TaskLoss
 
 
@@ -28,7 +29,8 @@ class Finetune(Training):
 
     def objective(self, student: Network, task: Task) -> Objective:
         role = "train" if "train" in task.data else "calibrate"
-        labelled = self.loss == "task" or (self.loss == "auto" and next(task.batches(role))[1] is not None)
+        with drawing("targets"):
+            labelled = self.loss == "task" or (self.loss == "auto" and next(task.batches(role))[1] is not None)
         return TaskLoss(student, task) if labelled else super().objective(student, task)
 
     def __call__(self, network: Network, task: Task) -> Network:
