@@ -42,6 +42,14 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+FEW = ("4/4", "binary/2")
+
+
+def ways(*left: str) -> list[Any]:
+    """The ways but those, most of them marked as slow."""
+    return [pytest.param(way, marks=() if way in FEW else pytest.mark.slow) for way in WAYS if way not in left]
+
+
 def small() -> nn.Module:
     torch.manual_seed(0)
     classifier = [nn.Flatten(), nn.Linear(12 * 16, 24), nn.ReLU(), nn.Linear(24, 10)]
@@ -141,7 +149,8 @@ def test_fewer_bits_lose_more_and_least_squares_steps_lose_less_than_full_ranges
 def test_ternary_and_binary_weights_have_their_values():
     model = small()
     network, task = ds.capture(model, IMAGE), task_of(model, IMAGE, 2)
-    for levels, count in (("twn", 3), ("xnor", 2), ("binary_connect", 2), ("ttq", 3)):
+    counts: list[tuple[Any, int]] = [("twn", 3), ("xnor", 2), ("binary_connect", 2), ("ttq", 3)]
+    for levels, count in counts:
         made = Quantize(levels=levels, samples=8)(network, task)
         for name in ("1.0.weight", "3.0.weight", "6.weight"):
             assert all(len(row.unique()) == count for row in made.tensor(name).detach()), levels
@@ -182,7 +191,7 @@ def test_codes_are_clipped_in_the_graph_where_the_type_does_not():
     assert [n.target for n in network.graph.nodes].count(aten.clamp.default) == 1
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ways())
 def test_the_files_integers_are_the_simulated_ones(way):
     made = int8(small(), IMAGE, samples=16, smooth=False, **WAYS[way])
     simulation_equals_artifact(made.quantized, made.path, made.inputs)
@@ -197,7 +206,7 @@ def test_the_files_integers_are_the_simulated_ones(way):
 
 
 @needs_openvino
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("ternary", "binary", "5/none")])
+@pytest.mark.parametrize("way", ways("ternary", "binary", "5/none"))
 def test_openvino_computes_the_simulated_outputs(way):
     made = int8(small(), IMAGE, samples=16, **WAYS[way])
     expected, got = made.quantized.predict(made.inputs), ds.open(made.path, runtime="openvino")(made.inputs)
