@@ -15,7 +15,7 @@ from models import example
 VALIDATION = 5000  # of the 60,000 training images
 SENTENCES = 64  # a batch
 CROPS = 16  # a batch
-LOADED = 8  # batches of sentences whose members are sorted by length together
+GRAIN, LONGEST = 8, 64  # tokens
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -33,7 +33,7 @@ class FashionTraining:
     def __len__(self) -> int:
         return len(parts()[0]) // fashion.TRAIN_BATCH
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         inputs, classes = fashion.images("train")
         rows = parts()[0]
         order = rows[torch.randperm(len(rows))]
@@ -63,14 +63,29 @@ def sentences() -> list[str]:
     return [*reference, *(sentence for sentence in texts.docstrings() if sentence not in judged)]
 
 
+@cache
+def encoded() -> dict[int, dict[str, torch.Tensor]]:
+    """All sentences of at most 64 tokens as the model takes them, by length: each is padded to the next multiple of 8 tokens, always to the same
+    one, so that what the teacher says of it is known after the first time."""
+    encode, found = example("sentences").encode, dict[int, list[dict[str, torch.Tensor]]]()
+    for sentence in sentences():
+        one = encode([sentence])
+        length = -(-one["input_ids"].shape[1] // GRAIN) * GRAIN
+        if length <= LONGEST:
+            padded = {name: torch.nn.functional.pad(value, (0, length - value.shape[1])) for name, value in one.items()}
+            found.setdefault(length, []).append(padded)
+    return {length: {name: torch.cat([row[name] for row in rows]) for name in rows[0]} for length, rows in found.items()}
+
+
 def sentence_batches() -> Iterator[tuple[dict[str, torch.Tensor], None]]:
-    """Shuffled batches of 64 sentences of about equal length; an epoch takes each once. Draws from torch's global generator."""
-    encode, known = example("sentences").encode, sentences()
-    order = torch.randperm(len(known)).tolist()
-    for start in range(0, len(order) - SENTENCES * LOADED + 1, SENTENCES * LOADED):
-        some = sorted((known[i] for i in order[start : start + SENTENCES * LOADED]), key=len)
-        for number in torch.randperm(LOADED).tolist():
-            yield encode(some[number * SENTENCES : (number + 1) * SENTENCES]), None
+    """Shuffled batches of 64 sentences of about equal length. Draws from torch's global generator."""
+    places = []
+    for length, rows in encoded().items():
+        order = torch.randperm(len(rows["input_ids"]))
+        places += [(length, order[start : start + SENTENCES]) for start in range(0, len(order) - SENTENCES + 1, SENTENCES)]
+    for number in torch.randperm(len(places)).tolist():
+        length, chosen = places[number]
+        yield {name: values[chosen] for name, values in encoded()[length].items()}, None
 
 
 def crop_batches(steps: int, seed: int = 1) -> Iterator[tuple[torch.Tensor, None]]:

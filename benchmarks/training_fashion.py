@@ -18,6 +18,7 @@ from training_rows import Row, measured
 
 from downsize.network.capture import capture
 from downsize.network.network import Network
+from downsize.progress import Progress
 from downsize.scores import top1
 from downsize.task import Task
 from downsize.techniques.distill import Distill
@@ -80,7 +81,7 @@ def train_dense(model: nn.Module, seed: int, epochs: int, rate: float) -> None:
 
 def task_of(model: nn.Module, **models: nn.Module) -> Task:
     data = {"calibrate": fashion_calibration, "train": FashionTraining, "validate": fashion_validation}
-    return Task(model, EXAMPLE, data, top1, models=models)
+    return Task(model, EXAMPLE, data, top1, models=models, checkpoints=KEPT / "checkpoints", progress=Progress())
 
 
 def score(network: Network) -> dict[str, float]:
@@ -130,9 +131,7 @@ def lenet5(seed: int) -> Iterator[Row]:
         "ternary weights": {"levels": "twn", "activations": "none"},
         "binary weights": {"levels": "xnor", "activations": "none"},
     }.items():
-        untrained = {**fields, "bits": 2, "levels": "uniform"} if "levels" in fields else fields
-        if "binary" not in name:
-            yield Row(f"{name}, after training", lambda untrained=untrained: Quantize(**untrained)(start, task), score)
+        yield Row(f"{name}, after training", lambda fields=fields: Quantize(**fields)(start, task), score)
         yield Row(f"{name}, trained", lambda fields=fields: Quantize(**fields, train=plan)(start, task), score)
 
 

@@ -15,18 +15,19 @@ from training_rows import Row, measured
 
 from downsize.network.capture import capture
 from downsize.network.network import Network
+from downsize.progress import Progress
 from downsize.task import Task
 from downsize.techniques.distill import Distill
 from downsize.techniques.prune import Prune
 
 KEPT = Path(__file__).parent.parent / "runs" / "training"
-LITE0_STEPS, MINILM_STEPS = 1500, 1000
+LITE0_STEPS, MINILM_STEPS = 600, 1000
 
 
 def task_of(subject: Subject, train: Callable[[], Any]) -> Task:
     start = subject.start()
     assert start.model is not None
-    return Task(start.model, start.example, {"calibrate": start.calibrate, "train": train})
+    return Task(start.model, start.example, {"calibrate": start.calibrate, "train": train}, checkpoints=KEPT / "checkpoints", progress=Progress())
 
 
 def pruned(original: Network, task: Task, technique: Prune) -> Network:
@@ -62,7 +63,7 @@ def lite0(seed: int) -> Iterator[Row]:
     judge, original = judge_of(task, subject), capture(task.model, task.example, more=task.variations())
     start = pruned(original, task, Prune(macs=0.75, samples=subject.samples))
     yield Row("0.75 of the MACs", lambda: start, judge)
-    plan = Distill(steps=LITE0_STEPS, every=LITE0_STEPS, rate=3e-4, outputs="logits", temperature=1.0, seed=seed)
+    plan = Distill(steps=LITE0_STEPS, rate=1e-4, average=0.99, outputs="logits", temperature=1.0, features="hint", seed=seed)
     yield Row("distilled without labels", lambda: plan(start, task), judge)
 
 
@@ -71,7 +72,7 @@ def minilm(seed: int) -> Iterator[Row]:
     subject = SUBJECTS["minilm"]
     task = task_of(subject, sentence_batches)
     judge, original = judge_of(task, subject), capture(task.model, task.example, more=task.variations())
-    plan = Distill(steps=MINILM_STEPS, every=MINILM_STEPS, rate=4e-4, outputs="embedding", freeze=("*embeddings*",), seed=seed)
+    plan = Distill(steps=MINILM_STEPS, rate=4e-4, outputs="embedding", freeze=("*embeddings*",), seed=seed)
     for name, technique in {
         "3 of 6 layers": Prune(ratio=0.5, what=("layers",), samples=texts.CALIBRATION),
         "half the MACs": Prune(macs=0.5, samples=texts.CALIBRATION),

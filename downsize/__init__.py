@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from .runtimes import open_artifact as open
     from .target import Target
     from .task import Task
+    from .techniques.distill import Distill as distill
+    from .techniques.finetune import Finetune as finetune
+    from .techniques.prune import Prune as prune
     from .techniques.quantize import Quantize as quantize
+    from .techniques.sparsify import Sparsify as sparsify
 
 __all__ = [
     "Artifact",
@@ -35,12 +39,16 @@ __all__ = [
     "Verdict",
     "__version__",
     "capture",
+    "distill",
+    "finetune",
     "fit",
     "measure",
     "open",
+    "prune",
     "quantize",
     "run",
     "scores",
+    "sparsify",
 ]
 
 # Each name and where it lies, module.name; a module alone is itself the thing.
@@ -54,12 +62,16 @@ FACE = {
     "Verdict": "facts.Verdict",
     "__version__": "facts.VERSION",
     "capture": "network.capture.capture",
+    "distill": "techniques.distill.Distill",
+    "finetune": "techniques.finetune.Finetune",
     "fit": "planner.fit",
     "measure": "measure",
     "open": "runtimes.open_artifact",
+    "prune": "techniques.prune.Prune",
     "quantize": "techniques.quantize.Quantize",
     "run": "planner.run",
     "scores": "scores",
+    "sparsify": "techniques.sparsify.Sparsify",
 }
 
 

@@ -1,5 +1,7 @@
 """Hard concrete gates: formulas by hand and by Monte Carlo, gates in a graph, the expected cost, and prune(importance="gates")."""
 
+# pyright: reportIndexIssue=false
+
 from __future__ import annotations
 
 import dataclasses

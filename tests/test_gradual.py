@@ -2,6 +2,8 @@
 
 # pyright: reportOptionalMemberAccess=false, reportIndexIssue=false
 
+# pyright: reportOptionalSubscript=false
+
 from __future__ import annotations
 
 import dataclasses

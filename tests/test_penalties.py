@@ -1,5 +1,7 @@
 """Proximal penalties: closed forms by hand, exact zeros in training, and what slimming leaves to prune()."""
 
+# pyright: reportIndexIssue=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import dataclasses

@@ -20,6 +20,7 @@ from .features import Features
 from .objective import Batch, Objective
 from .outputs import CLASSES, OutputLoss
 from .pairing import Layer
+from .stream import drawing
 from .task_loss import TaskLoss
 from .teacher import Teacher
 
@@ -58,7 +59,8 @@ class Distillation(Objective):
         super().__init__()
         self.teacher, self.weight, self.feature_weight, self.port = teacher, weight, feature_weight, port
         self.choice, self.temperature = outputs, temperature  # beside the weights, what tells one distillation from another
-        inputs, targets = next(task.batches("train" if "train" in task.data else "calibrate"))
+        with drawing("distillation"):
+            inputs, targets = next(task.batches("train" if "train" in task.data else "calibrate"))
         expected = teacher.outputs(inputs)
         refuse_unlike(student, inputs, expected)
         self.outputs = OutputLoss(outputs, temperature, student.outputs, expected, targets, task)

@@ -31,6 +31,7 @@ from .optimizer import optimizer_of, rate_at, set_rate
 from .precision import faster_in_bfloat16
 from .state import Best, State
 from .stream import Batches, Stream, drawing, seed_of, seed_torch
+from .teacher import with_values
 from .validation import Validation
 
 RENORMALISING = 512  # samples that batch norms are measured again on
@@ -146,7 +147,7 @@ class _Run:
     def _make_learner(self) -> None:
         settings, network = self.settings, self.network
         to_training(network, settings.norms, lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.freeze))
-        self.tapped = _with_taps(network, self.objective.taps)
+        self.tapped = with_values(network, self.objective.taps)
         self.statistics = moving(network)
         parameters = {name: tensor for name, tensor in network.named_tensors() if isinstance(tensor, nn.Parameter) and tensor.requires_grad}
         self.learner = Learner(network, _each_once(parameters), self.last - self.first)
@@ -376,20 +377,3 @@ class _Run:
 def _each_once(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """By its first name each parameter that has several."""
     return {name: parameter for name, parameter in reversed(list({id(p): (n, p) for n, p in reversed(parameters.items())}.values()))}
-
-
-def _with_taps(network: Network, taps: Sequence[str]) -> Network:
-    """A fork over the same tensors that gives the values of these nodes behind its outputs.
-
-    Raises:
-        TaskError: there is no such node.
-    """
-    made = network.fork()
-    nodes = {node.name: node for node in made.graph.nodes}
-    output: Any = made.graph.output_node()
-    for name in taps:
-        if name not in nodes:
-            raise TaskError(f"the network has no node {name!r} to look at; {nearest(name, nodes)}")
-    output.args = ((*output.args[0], *(nodes[name] for name in taps)),)
-    made.recompile()
-    return made

@@ -11,11 +11,12 @@ from ..errors import SpecError
 from ..network.network import Network
 from ..spec import frozen
 from ..task import Task
+from .distillation import Distillation, calibration
 from .hook import Hook
-from .imitation import Imitation
 from .loop import Settings, train
 from .objective import Objective
 from .penalties import hooks_for
+from .teacher import Teacher
 
 EPOCHS = 3.0
 
@@ -35,7 +36,7 @@ class Training:
         norms: batch norms: ``train`` (statistics move) or ``freeze`` (they stay). ``renormalise``: measure them again at the end, kept where
             validation agrees.
         penalty: pulls towards zero what can be cut behind it: ``l1`` (weights), ``group_l1`` (units of channels, heads, neurons), ``scale`` (scales
-            of batch norms, for ``prune(importance='scale')``). ``strength``: how hard.
+            of batch norms, for ``prune(importance='scale')``). ``strength``: how hard; a step takes rate times strength.
         freeze: tensors that stay as they are, by name, ``*`` standing for anything: ``['*embeddings*']``.
         every: validate behind so many steps, instead of each epoch.
         seed: of the data's order and of dropout.
@@ -55,7 +56,7 @@ class Training:
     norms: Literal["train", "freeze"] = "train"
     renormalise: bool = False
     penalty: Literal["none", "l1", "group_l1", "scale"] = "none"
-    strength: float = Field(default=1e-4, ge=0)
+    strength: float = Field(default=0.1, ge=0)
     freeze: tuple[str, ...] = ()
     every: int | None = Field(default=None, ge=1)
     seed: int = 0
@@ -66,8 +67,9 @@ class Training:
             raise SpecError(f"epochs={self.epochs} and steps={self.steps} came; expected one of them.")
 
     def objective(self, student: Network, task: Task) -> Objective:
-        """What is minimised: here the distance of the student's outputs from the original model's."""
-        return Imitation(task)
+        """What is minimised: here the distance of the student's outputs from the original model's, by the loss that fits each output."""
+        student = student.fork().eval()
+        return Distillation(student, task, Teacher(task.predict), weight=1.0, port=calibration(student, task)[1])
 
     def train(
         self, network: Network, task: Task, objective: Objective | None = None, hooks: Sequence[Hook] = (), share: tuple[float, float] = (0.0, 1.0)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import TaskError, nearest
 from ..network.network import Network
 from .answers import Answers, tensors_in
 
@@ -43,10 +44,17 @@ class Teacher(nn.Module):
 
 
 def with_values(network: Network, names: Sequence[str]) -> Network:
-    """A fork whose graph gives the values of these nodes behind its outputs."""
+    """A fork over the same tensors whose graph gives the values of these nodes behind its outputs.
+
+    Raises:
+        TaskError: there is no such node.
+    """
     made = network.fork()
     nodes = {node.name: node for node in made.graph.nodes}
     output: Any = made.graph.output_node()
+    for name in names:
+        if name not in nodes:
+            raise TaskError(f"the network has no node {name!r} to look at; {nearest(name, nodes)}")
     output.args = ((*output.args[0], *(nodes[name] for name in names)),)
     made.recompile()
     return made
