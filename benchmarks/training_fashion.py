@@ -30,7 +30,7 @@ from downsize.training.plan import Training
 
 KEPT = Path(__file__).parent.parent / "runs" / "training"
 EXAMPLE = torch.zeros(2, 1, 28, 28)
-RESNET_EPOCHS, LENET5_EPOCHS, LENET_EPOCHS = 5, 4, 8
+RESNET_EPOCHS, LENET5_EPOCHS, LENET_EPOCHS = 12, 4, 8
 
 
 class LeNet5(nn.Sequential):
