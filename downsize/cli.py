@@ -211,7 +211,7 @@ def _work(task: str, into: Path | None, work: Callable[[Task, Path, Progress], R
     except KeyboardInterrupt:
         found = sorted(path for path in folder.glob("model.*") if path.is_file())
         best = f"the best file so far is {found[0]}, its numbers are in {folder / 'report.json'}" if found else "there is no file yet"
-        _complain(f"Interrupted: {best}. The same command goes on from the last finished step.")
+        _complain(f"Interrupted: {best}. The same command goes on from there.")
         raise typer.Exit(INTERRUPTED) from None
     _out().print(result_text(result.report))
     _out().print(Text(f"file: {result.artifact.path}"))

@@ -247,7 +247,7 @@ def test_ctrl_c_leaves_the_best_file_and_says_where_it_is(tmp_path: Path) -> Non
     _, rest = process.communicate()
     assert process.returncode == 130, said + rest
     assert f"the best file so far is {tmp_path / 'run' / 'model.onnx'}" in rest
-    assert "The same command goes on from the last finished step." in rest and "Traceback" not in rest
+    assert "The same command goes on from there." in rest and "Traceback" not in rest
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["chosen"] == "quantize()"
     images, classes = batches(1400, 1700, 300)[0]
