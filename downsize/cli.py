@@ -102,7 +102,7 @@ def fit(
 )
 def run(
     task: TaskFile,
-    recipe: Annotated[str, typer.Argument(metavar='"RECIPE"', help='Techniques in order, e.g. "quantize()".', show_default=False)],
+    recipe: Annotated[str, typer.Argument(metavar='"RECIPE"', help='Techniques in order, e.g. "prune(macs=0.5) | quantize()".', show_default=False)],
     runtime: RuntimeName = "onnxruntime",
     threads: Threads = "1",
     size: Size = None,
@@ -115,7 +115,8 @@ def run(
 ) -> None:
     """Build the file of your own recipe and judge it by the limits you give.
 
-    Exit status as for fit.
+    Techniques: prune, finetune, distill, sparsify, quantize. They are joined by |, and a plan of training may stand in another step:
+    "prune(macs=0.5, tune=finetune(epochs=1)) | quantize(bits=4, train=distill(epochs=2))". Their fields are in docs/. Exit status as for fit.
     """
     target = _target(locals())
     from .planner import run as work

@@ -49,6 +49,13 @@ def test_the_help_of_each_command_has_an_example_that_parses(command: str) -> No
     assert all(option in text.split("Example")[0] for option in options)
 
 
+def test_the_help_of_run_names_every_technique() -> None:
+    from downsize.techniques import TECHNIQUES
+
+    text = shown("run", "--help")
+    assert all(re.search(rf"\b{word}\b", text.partition("Arguments")[0]) for word in TECHNIQUES)
+
+
 def test_help_and_the_list_of_runtimes_do_not_import_torch() -> None:
     for arguments in (["--help"], ["fit", "--help"], ["runtimes"]):
         code = (

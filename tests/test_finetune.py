@@ -25,6 +25,7 @@ from downsize.techniques.finetune import Finetune
 from downsize.techniques.quantize import Quantize
 from downsize.testing import simulation_equals_artifact
 from downsize.training.hook import Hook, Learner
+from downsize.training.task_loss import class_loss
 
 FIXED = {"train": parts, "validate": None}
 SGD = Finetune(epochs=2, rate=0.05, optimizer="sgd", schedule="constant", warmup=0.0, clip=None)
@@ -382,3 +383,10 @@ def test_recipes_spell_it():
     recipe = ds.Recipe.parse("finetune(epochs=2, rate=0.01, freeze=['0.*'])")
     assert tuple(recipe) == (Finetune(epochs=2, rate=0.01, freeze=("0.*",)),)
     assert ds.Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize("number", [-1, 3])
+def test_a_class_that_does_not_exist_is_named(number):
+    classes = torch.tensor([0, number, -100])
+    with pytest.raises(TaskError, match=f"targets name class {number}; the model has the classes 0 to 2"):
+        class_loss(torch.zeros(3, 3), classes)

@@ -44,9 +44,16 @@ class TaskLoss(Objective):
 
 
 def class_loss(outputs: Any, targets: Any) -> Tensor:
-    """Cross-entropy (natural logarithm, mean over the samples) of class scores [..., classes] and class numbers [...]; -100 is left out."""
+    """Cross-entropy (natural logarithm, mean over the samples) of class scores [..., classes] and class numbers [...]; -100 is left out.
+
+    Raises:
+        TaskError: targets are no whole numbers, of another shape, or name a class that does not exist.
+    """
     scores = outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else flatten(outputs)[0][0]
     classes = torch.as_tensor(targets)
     if classes.shape != scores.shape[:-1] or classes.dtype.is_floating_point:
         raise TaskError(f"targets are {classes.dtype} {list(classes.shape)}; expected class numbers {list(scores.shape[:-1])}.")
+    wrong = classes[(classes != IGNORED) & ((classes < 0) | (classes >= scores.shape[-1]))]
+    if wrong.numel():
+        raise TaskError(f"targets name class {int(wrong[0])}; the model has the classes 0 to {scores.shape[-1] - 1}.")
     return cross_entropy(scores.float().flatten(0, -2), classes.long().flatten().to(scores.device), ignore_index=IGNORED)
