@@ -12,13 +12,13 @@ from zoo import images, masked_tokens, specimen
 
 from downsize.network.capture import capture
 from downsize.network.columns import groups_of, input_rows, output_rows, weight_matrix
+from downsize.network.goals import goals_of
 from downsize.network.judge import Judge
 from downsize.network.network import Network
 from downsize.network.rewrite import constant, fold_batch_norm, set_constant
 from downsize.network.statistics import walk
 from downsize.numerics.refit import Moments, best_refit
 from downsize.pruning import refitting
-from downsize.pruning.goals import goals_of
 from downsize.pruning.refitting import Refitted, refit_layers
 
 

@@ -13,25 +13,24 @@ count. Zeros of a sparse weight stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from ..network.columns import channel_axis, groups_of, input_rows, output_rows, weight_from_matrix, weight_matrix
+from ..network.columns import groups_of, weight_from_matrix, weight_matrix
 from ..network.frontier import Frontier, Joined
+from ..network.goals import Goal, goals_of, resolve_spans
 from ..network.network import Network
 from ..network.padding import padding_port
-from ..network.rewrite import argument, aten, constant, set_bias, set_constant
-from ..numerics.refit import Moments, best_refit
-from .goals import Goal, goals_of, resolve_spans
+from ..network.pairs import Pairs, is_right, moments
+from ..network.rewrite import argument, constant, set_bias, set_constant
+from ..numerics.refit import best_refit
 
 # The most elements of one Gram matrix, of all groups: wider layers are left, as solving takes the cube of their width in time.
 GRAM_ELEMENTS = 6000**2
-# A layer is left alone when its output is off by less than this, relative to what it is compared in.
-UNCHANGED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -87,45 +86,14 @@ def refit_layers(
             progress(goal.layer.name)
         smaller.advance(goal.layer)
         originals.advance(goal.target.next)
-        results.append(_refit(student, goal, _Data(originals, smaller, goal, port), len(fit)))
+        results.append(_refit(student, goal, Pairs(originals, smaller, goal, port), len(fit)))
     student.recompile()
     return results
 
 
-class _Sample(NamedTuple):
-    """One piece of what a layer reads and should give. ``whole``: the value of the teacher that ``target`` is a part of; ``real``: which
-    positions are no padding, None for all."""
-
-    x: Tensor
-    target: Tensor
-    whole: Tensor
-    real: Tensor | None
-
-
-class _Data:
-    """What a layer reads and should give, piece by piece."""
-
-    def __init__(self, originals: Frontier, smaller: Frontier, goal: Goal, port: int | None) -> None:
-        self.originals, self.smaller, self.goal = originals, smaller, goal
-        self.mask = None if port is None else list(originals.ports)[port]
-
-    def __iter__(self) -> Iterator[_Sample]:
-        goal, layer = self.goal, self.goal.layer
-        streams = [self.smaller.values(layer.args[0]), self.originals.values(goal.target), *map(self.smaller.values, goal.others)]
-        masks = self.originals.values(self.mask) if self.mask is not None and layer.target is aten.linear.default else None
-        for x, whole, *others in zip(*streams, strict=True):
-            mask = next(masks) if masks is not None else None
-            whole = whole if goal.rows is None else whole.index_select(channel_axis(layer, whole.dim()), goal.rows)
-            target = whole
-            for other in others:
-                target = target - other
-            real = mask.bool() if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape else None
-            yield _Sample(x, target, whole, real)
-
-
-def _refit(student: Network, goal: Goal, data: _Data, fitted: int) -> Refitted:
+def _refit(student: Network, goal: Goal, data: Pairs, fitted: int) -> Refitted:
     layer = goal.layer
-    if all(map(_is_right, data, data.smaller.values(layer))):
+    if all(map(is_right, data, data.smaller.values(layer))):
         return Refitted(layer.name, 0.0, 0.0, "none", "it gives what it should")
     groups = groups_of(layer)
     old = constant(student, layer.args[1]).detach()
@@ -135,7 +103,7 @@ def _refit(student: Network, goal: Goal, data: _Data, fitted: int) -> Refitted:
     if groups * (weight.shape[2] + 1) ** 2 > GRAM_ELEMENTS:
         return Refitted(layer.name, 0.0, 0.0, "none", f"it is too wide: {groups} x {weight.shape[2]} columns")
     try:
-        fit, held = _moments(layer, weight, data, fitted)
+        fit, held = moments(layer, weight, data, fitted)
     except ValueError as error:
         return Refitted(layer.name, 0.0, 0.0, "none", str(error))
     support = weight != 0 if layer.args[1].target in student.sparse else None
@@ -144,22 +112,3 @@ def _refit(student: Network, goal: Goal, data: _Data, fitted: int) -> Refitted:
         set_constant(student, layer.args[1], weight_from_matrix(made, old.shape).to(old.dtype))
         set_bias(student, layer, moved.reshape(-1).to(old.dtype))
     return Refitted(layer.name, before, after, goal.form)
-
-
-def _is_right(sample: _Sample, output: Tensor) -> bool:
-    """Whether the layer gives what it should, but for rounding errors of the value that its target is a part of."""
-    gap, whole = (value if sample.real is None else value[sample.real] for value in (sample.target - output, sample.whole))
-    return bool(gap.double().square().sum() <= UNCHANGED**2 * whole.double().square().sum())
-
-
-def _moments(layer: fx.Node, weight: Tensor, data: _Data, fitted: int) -> tuple[Moments, Moments]:
-    """Of the first ``fitted`` pieces, and of the others."""
-    groups, rows, columns = weight.shape
-    both = Moments.zero(groups, rows, columns), Moments.zero(groups, rows, columns)
-    for number, sample in enumerate(data):
-        args = (sample.x, data.smaller.network.tensor(str(layer.args[1].target)))
-        x, y = input_rows(layer, args, groups, number), output_rows(layer, sample.target, groups, number)
-        if sample.real is not None:
-            x, y = x[:, :, sample.real.reshape(-1)], y[:, :, sample.real.reshape(-1)]
-        both[number >= fitted].add(x, y)
-    return both

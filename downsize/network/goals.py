@@ -1,4 +1,4 @@
-"""What each layer of a pruned network should give: which value of the original, less which values of its own network."""
+"""What each layer of a compressed network should give: which value of the original, less which values of its own network."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportReturnType=false
@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, fx
 
-from ..network.columns import MATRIX_LAYERS, channel_axis
-from ..network.network import Network
-from ..network.rewrite import IDENTITIES, argument, aten, constant, only_user, set_constant
-from ..network.statistics import shapes
+from .columns import MATRIX_LAYERS, channel_axis
+from .network import Network
+from .rewrite import IDENTITIES, argument, aten, constant, only_user, set_constant
+from .statistics import shapes
 
 DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 
