@@ -40,12 +40,13 @@ class _Walk(fx.Interpreter):
         return value if replaced is None else replaced
 
 
-def walk(network: Network, leaves: list[Tensor], hooks: Mapping[fx.Node, Hook]) -> tuple[Tensor, ...]:
-    """Run the graph on flat inputs, without gradients, calling ``hooks[node](args, value)`` behind each node named there.
+def walk(network: Network, leaves: list[Tensor], hooks: Mapping[fx.Node, Hook], gradients: bool = False) -> tuple[Tensor, ...]:
+    """Run the graph on flat inputs, calling ``hooks[node](args, value)`` behind each node named there.
 
-    A hook that returns something replaces the node's value. Tensors are freed after their last reader. Returns the flat outputs.
+    A hook that returns something replaces the node's value. Tensors are freed after their last reader. ``gradients``: record what is needed
+    for derivatives. Returns the flat outputs.
     """
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         return _Walk(network, hooks).run(*leaves, enable_io_processing=False)
 
 
