@@ -8,7 +8,7 @@ them in 16 bits without a change of the result. ``symmetric`` fixes the zero poi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .grids import Grid, filled
-from .groups import group_codes, group_count, group_values, spread
+from .groups import group_count
 
 # Ranges that are tried, each smaller than the one before by so much; then scales are fitted by least squares to the codes so often.
 SHRINK, TRIED, FITS = 0.96, 41, 3
@@ -32,17 +32,21 @@ class Encoding(NamedTuple):
     zero_point: Tensor
 
 
+def runs_of(values: Tensor, group: int) -> Tensor:
+    """Columns as groups: [..., groups, group] from [..., columns], the last one filled up with zeros."""
+    columns = values.shape[-1]
+    return pad(values, (0, group_count(columns, group) * group - columns)).unflatten(-1, (-1, group))
+
+
 def group_sums(values: Tensor, group: int) -> Tensor:
     """The sum of every group: [..., groups] from [..., columns]."""
-    columns = values.shape[-1]
-    return pad(values, (0, group_count(columns, group) * group - columns)).unflatten(-1, (-1, group)).sum(-1)
+    return runs_of(values, group).sum(-1)
 
 
 def group_extremes(matrix: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """The smallest value of every group or zero, and the largest or zero: [rows, groups] each."""
-    columns = matrix.shape[1]
-    runs = pad(matrix, (0, group_count(columns, group) * group - columns)).unflatten(1, (-1, group))
-    return runs.amin(2).clamp(max=0), runs.amax(2).clamp(min=0)
+    runs = runs_of(matrix, group)
+    return runs.amin(-1).clamp(max=0), runs.amax(-1).clamp(min=0)
 
 
 def stored(scale: Tensor, half: bool) -> Tensor:
@@ -80,20 +84,15 @@ def least_error(weight: Tensor, group: int, grid: Grid, symmetric: bool, half: b
     fitted by least squares to the codes that they give. The full range is among them, so that the error never grows.
     """
     matrix = weight.flatten(1).float()
-    rows = max(1, ELEMENTS // max(1, matrix.shape[1]))
-    found = [_least_error(each, group, grid, symmetric, half, importance) for each in matrix.split(rows)]
-    return Encoding(*(torch.cat(each) for each in zip(*found, strict=True)))
 
+    def steps(runs: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        low, high = grid.low - zero_point[..., None], grid.high - zero_point[..., None]
+        return runs.div(scale[..., None]).round_().clamp_(low, high)
 
-def _least_error(matrix: Tensor, group: int, grid: Grid, symmetric: bool, half: bool, importance: Tensor | None) -> Encoding:
-    def values(encoding: Encoding) -> Tensor:
-        return group_values(group_codes(matrix, *encoding, group, grid), *encoding, group)
+    def tried(part: Tensor) -> Iterator[Encoding]:
+        return _ranges(part, group, grid, symmetric, half)
 
-    def refined(encoding: Encoding) -> Encoding:
-        steps = values(encoding) / spread(encoding.scale, matrix.shape[1], group)
-        return Encoding(stored(fitted_scale(matrix, steps, encoding.scale, group, importance), half), encoding.zero_point)
-
-    return best_encoding(matrix, _ranges(matrix, group, grid, symmetric, half), values, refined, group, importance)
+    return best_encoding(matrix, group, tried, steps, half, importance)
 
 
 def _ranges(matrix: Tensor, group: int, grid: Grid, symmetric: bool, half: bool) -> Iterator[Encoding]:
@@ -108,38 +107,49 @@ def _ranges(matrix: Tensor, group: int, grid: Grid, symmetric: bool, half: bool)
 
 def best_encoding(
     matrix: Tensor,
-    tried: Iterable[Encoding],
-    values: Callable[[Encoding], Tensor],
-    refined: Callable[[Encoding], Encoding],
     group: int,
+    tried: Callable[[Tensor], Iterator[Encoding]],
+    steps: Callable[[Tensor, Tensor, Tensor], Tensor],
+    half: bool,
     importance: Tensor | None,
 ) -> Encoding:
-    """For every group that of the encodings whose values err least, refined as long as that lessens the error.
+    """For every group that of several encodings with the least squared error, and the scale that then fits its codes best.
 
-    Args: ``values``: what the matrix becomes by an encoding [rows, columns]; ``refined``: a better encoding for the codes of one.
+    Args:
+        tried: the encodings for some rows of the matrix.
+        steps: from groups [rows, groups, group], scale and zero point to the rounded values in units of the scale.
     """
+    weights = None if importance is None else runs_of(importance.float(), group)
+    rows = max(1, ELEMENTS // max(1, matrix.shape[1]))
+    found = [_best(runs_of(part, group), tried(part), steps, half, weights) for part in matrix.split(rows)]
+    return Encoding(*(torch.cat(each) for each in zip(*found, strict=True)))
 
+
+def _best(runs: Tensor, tried: Iterator[Encoding], steps: Callable[..., Tensor], half: bool, weights: Tensor | None) -> Encoding:
     def error(encoding: Encoding) -> Tensor:
-        squared = (values(encoding) - matrix).square_()
-        return group_sums(squared if importance is None else squared * importance.float(), group)
+        squared = steps(runs, *encoding).mul_(encoding.scale[..., None]).sub_(runs).square_()
+        return (squared if weights is None else squared.mul_(weights)).sum(-1)
 
     def better(best: Encoding, least: Tensor, other: Encoding) -> tuple[Encoding, Tensor]:
         found = error(other)
         wins = found < least
         return Encoding(*(torch.where(wins, new, old) for new, old in zip(other, best, strict=True))), torch.where(wins, found, least)
 
-    several = iter(tried)
-    best = next(several)
+    best = next(tried)
     least = error(best)
-    for other in several:
+    for other in tried:
         best, least = better(best, least, other)
     for _ in range(FITS):
-        best, least = better(best, least, refined(best))
+        scale = stored(fitted_scale(runs, steps(runs, *best), best.scale, weights), half)
+        best, least = better(best, least, Encoding(scale, best.zero_point))
     return best
 
 
-def fitted_scale(matrix: Tensor, steps: Tensor, scale: Tensor, group: int, importance: Tensor | None) -> Tensor:
-    """The scale of every group with the least squared error of ``scale * steps`` [rows, columns]; as it was where that is none above zero."""
-    weighed = steps if importance is None else steps * importance.float()
-    cross, energy = group_sums(weighed * matrix, group), group_sums(weighed * steps, group)
+def fitted_scale(runs: Tensor, steps: Tensor, scale: Tensor, weights: Tensor | None) -> Tensor:
+    """The scale of every group with the least squared error of ``scale * steps``, [..., groups]; as it was where that is none above zero.
+
+    ``runs`` and ``steps``: [..., groups, group]; ``weights``: of each column, [groups, group].
+    """
+    weighed = steps if weights is None else steps * weights
+    cross, energy = (weighed * runs).sum(-1), (weighed * steps).sum(-1)
     return torch.where((cross > 0) & (energy > 0), cross / energy, scale)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from .clipping import Encoding, best_encoding, fitted_scale, group_extremes, stored
+from .clipping import SHRINK, TRIED, Encoding, best_encoding, group_extremes, stored
 from .grids import filled
-from .groups import level_codes, level_values, spread
-
-SHRINK = 33  # scales that are tried
-SMALLEST = 0.6  # the smallest, as a part of the largest
 
 
 def normal_float(bits: int = 4) -> Tensor:
@@ -34,19 +32,18 @@ def level_scale(weight: Tensor, levels: Tensor, group: int, importance: Tensor |
     among smaller scales too, and the scale then fitted by least squares. ``importance`` and ``half`` as in :mod:`.clipping`.
     """
     matrix = weight.flatten(1).float()
-    columns = matrix.shape[1]
-    low, high = group_extremes(matrix, group)
-    widest = stored(filled(torch.maximum(high, -low).double() / float(levels.abs().max())), half)
-    if not search:
-        return widest
+    middles = (levels[1:] + levels[:-1]) / 2
 
-    def values(encoding: Encoding) -> Tensor:
-        return level_values(level_codes(matrix, encoding.scale, levels, group), encoding.scale, levels, group)
+    def widest(part: Tensor) -> Encoding:
+        low, high = group_extremes(part, group)
+        scale = stored(filled(torch.maximum(high, -low).double() / float(levels.abs().max())), half)
+        return Encoding(scale, torch.zeros_like(scale, dtype=torch.int32))
 
-    def refined(encoding: Encoding) -> Encoding:
-        steps = values(encoding) / spread(encoding.scale, columns, group)
-        return Encoding(stored(fitted_scale(matrix, steps, encoding.scale, group, importance), half), encoding.zero_point)
+    def tried(part: Tensor) -> Iterator[Encoding]:
+        scale, zero_point = widest(part)
+        return (Encoding(stored(scale * SHRINK**i, half), zero_point) for i in range(0, TRIED, 2))
 
-    zero = torch.zeros_like(widest, dtype=torch.int32)
-    tried = [Encoding(stored(widest * float(part), half), zero) for part in torch.linspace(1, SMALLEST, SHRINK)]
-    return best_encoding(matrix, tried, values, refined, group, importance).scale
+    def steps(runs: Tensor, scale: Tensor, _: Tensor) -> Tensor:
+        return levels[torch.bucketize(runs / scale[..., None], middles)]
+
+    return best_encoding(matrix, group, tried, steps, half, importance).scale if search else widest(matrix).scale
