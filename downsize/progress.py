@@ -64,19 +64,28 @@ class Progress:
         learning rate.
         """
         loss = _Smooth()
-        if self.quiet or steps <= 0:
-            yield lambda step, value, score, rate: None
+        with self.counting("training", "step", steps) as count:
+            yield lambda step, value, score, rate: count(step, _told(loss(value), score, rate))
+
+    @contextlib.contextmanager
+    def counting(self, work: str, unit: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        """While ``total`` units of some work are done: a bar on a terminal, else a line now and then.
+
+        What it gives is called behind each unit with the units done, and a text about the last one.
+        """
+        if self.quiet or total <= 0:
+            yield lambda done, text: None
             return
         console = self.console
         if not console.is_terminal:
-            yield self._lines(steps, loss)
+            yield self._lines(work, unit, total)
             return
-        columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+        columns = TextColumn(work), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
         with self._alone(), Bars(*columns, console=console, transient=True) as bars:
-            row = bars.add_task("", total=steps)
+            row = bars.add_task("", total=total)
             self._live = bars.console  # lines said meanwhile go above the bar
             try:
-                yield lambda step, value, score, rate: bars.update(row, completed=step, description=_told(loss(value), score, rate))
+                yield lambda done, text: bars.update(row, completed=done, description=text)
             finally:
                 self._live = None
 
@@ -92,17 +101,17 @@ class Progress:
             if status is not None:
                 status.start()
 
-    def _lines(self, steps: int, loss: _Smooth) -> Show:
+    def _lines(self, work: str, unit: str, total: int) -> Callable[[int, str], None]:
         begun = last = time.monotonic()
         first: int | None = None
 
-        def show(step: int, value: float, score: float | None, rate: float) -> None:
+        def show(done: int, text: str) -> None:
             nonlocal last, first
-            now, text = time.monotonic(), _told(loss(value), score, rate)
-            first = step - 1 if first is None else first
-            if now - last >= SECONDS or step == steps:
-                left = (now - begun) / max(1, step - first) * (steps - step)
-                self.say(f"training: step {step} of {steps}, {text}, {left / 60:.1f} min left")
+            now = time.monotonic()
+            first = done - 1 if first is None else first
+            if now - last >= SECONDS or done == total:
+                left = (now - begun) / max(1, done - first) * (total - done)
+                self.say(f"{work}: {unit} {done} of {total}, {text}, {left / 60:.1f} min left")
                 last = now
 
         return show

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field, replace
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import Field
 from torch import fx
@@ -18,6 +18,7 @@ from ..numerics.lowbit import Levels
 from ..quantization.bits import Bits
 from ..quantization.correction import correct_biases, round_biases
 from ..quantization.equalization import equalize
+from ..quantization.formats import Format
 from ..quantization.insertion import quantize_activations, quantize_dynamically, quantize_to_levels, quantize_weights, settle
 from ..quantization.learned import learnable, settle_learned
 from ..quantization.norms import fold, unfold
@@ -25,6 +26,7 @@ from ..quantization.placement import Placement, WeightPoint, place
 from ..quantization.ranges import ESTIMATORS, Range, candidates, choose, mean_squared_error
 from ..quantization.rounding import round_weights
 from ..quantization.smoothing import smooth
+from ..quantization.weight_only import Data, quantize_weight_only
 from ..spec import frozen
 from ..task import Task
 from ..training.plan import Training
@@ -50,18 +52,22 @@ class Quantize:
     Fields:
         bits: of weights, 2 to 8; 32: all stay as they are, and with them the network. ``activation_bits``: of what layers read; not given:
             8, or 32 with other ``levels`` than uniform. ``ends``: of weights and inputs of the first and the last layer, and of tables.
-        levels: the values of weights: ``uniform`` (a grid of ``bits``), ``twn`` and ``ttq`` (three a row, evenly spaced or not),
-            ``xnor`` and ``binary_connect`` (two a row; see ``numerics/lowbit.py``). The ends stay uniform.
+            ``tables``: of embedding tables; not given: as the ends.
+        group: columns of a row that share a scale, instead of the whole row; ``symmetric``: without zero points. Both for weights alone.
+        levels: the values of weights: ``uniform`` (a grid of ``bits``), ``nf4`` (16, denser around zero; weights alone), ``twn`` and ``ttq``
+            (three a row, evenly spaced or not), ``xnor`` and ``binary_connect`` (two a row; see ``numerics/lowbit.py``). The ends stay uniform.
         activations: ``static`` (ranges measured now: CNNs, and transformers that must be fast everywhere), ``dynamic`` (ranges measured
             at every run, linear layers only: fast in ONNX Runtime alone), ``none`` (only weights: a quarter of the bytes, no faster).
         train: train the rounded network. True: to imitate the original model, else as the plan says, e.g. ``finetune(epochs=3)``.
         warmup_share: the part of the training in which batch norms are still there, with moving statistics; then they are folded.
         ranges: which range estimators compete: minmax, percentile, mse, entropy.
         samples: calibration samples used at most. ``holdout``: of these, how many judge the choices.
+        rounding: of weights: ``nearest``, ``hqq`` (no data is needed either; with zero points), ``gptq`` (errors made up for by later columns).
+            ``refit``: with weights alone and GPTQ, fit layers to the original's outputs before they are rounded, one after another.
         equalize: try cross-layer equalization. ``smooth``: try smoothing the inputs of linear layers. ``correct``: correct biases.
         embeddings: quantize embedding tables too, one scale a row.
 
-    Example: ``quantize(bits=4, activation_bits=4, train=True)``.
+    Examples: ``quantize(bits=4, activation_bits=4, train=True)``; ``quantize(bits=4, group=32, tables=5, activations='none')``.
     """
 
     activations: Literal["static", "dynamic", "none"] = "static"
@@ -70,13 +76,17 @@ class Quantize:
     holdout: int = 16
     equalize: bool = True
     smooth: bool = True
-    rounding: Literal["nearest", "gptq"] = "gptq"
+    rounding: Literal["nearest", "hqq", "gptq"] = "gptq"
+    refit: bool = True
     correct: bool = True
     embeddings: bool = True
     bits: Width = 8
     activation_bits: Width | None = None
     ends: Width = 8
-    levels: Levels = "uniform"
+    tables: Width | None = None
+    group: Literal[16, 32, 64, 128, 256] | None = None
+    symmetric: bool = True
+    levels: Levels | Literal["nf4"] = "uniform"
     train: bool | Training = False
     warmup_share: float = Field(default=1 / 3, ge=0, lt=1)
 
@@ -91,6 +101,15 @@ class Quantize:
             raise SpecError(f"quantize: bits={self.bits} came; levels={self.levels!r} says already how many values a weight has.")
         if self.activations == "dynamic" and self.plan is not None:
             raise SpecError("quantize: dynamic ranges are not trained; use activations='static' or 'none'.")
+        alone = [
+            name for name, used in (("group", self.group), ("symmetric=False", not self.symmetric), ("levels='nf4'", self.levels == "nf4")) if used
+        ]
+        if alone and (self.kind != "none" or self.plan is not None):
+            raise SpecError(
+                f"quantize: {alone[0]} is for weights alone, after training: integer kernels take one scale a row. Use activations='none'."
+            )
+        if self.rounding == "hqq" and (self.symmetric or self.kind != "none"):
+            raise SpecError("quantize: rounding='hqq' places zero points; use symmetric=False with activations='none'.")
 
     def __call__(self, network: Network, task: Task) -> Network:
         """The quantized network: the same function with fake quantizers in it, which a runtime's export turns into integers.
@@ -107,6 +126,8 @@ class Quantize:
         fold_batch_norm(plain)
         if self.kind == "dynamic" or (self.kind == "none" and self.is_plain):
             made = self._without_data(plain.fork())
+        elif self.kind == "none" and self.levels in ("uniform", "nf4") and self.plan is None:
+            made = self._weights_alone(plain, task)
         else:
             pieces = self._split(plain, task)
             judge = Judge(plain, pieces[1], settle)
@@ -125,13 +146,15 @@ class Quantize:
     @property
     def kind(self) -> str:
         """``activations``, or "none" where their bits say so."""
-        width = (8 if self.levels == "uniform" else FLOAT) if self.activation_bits is None else self.activation_bits
+        uniform = self.levels == "uniform"
+        width = (8 if uniform else FLOAT) if self.activation_bits is None else self.activation_bits
         return "none" if width == FLOAT and self.activations == "static" else self.activations
 
     @property
     def is_plain(self) -> bool:
         """Whether weights are int8, all on the largest value's scale, so that no data is needed."""
-        return self.bits == self.ends == 8 and self.levels == "uniform"
+        rows = self.levels == "uniform" and self.group is None and self.symmetric
+        return rows and self.bits == self.ends == 8 and self.tables in (None, 8)
 
     @property
     def plan(self) -> Training | None:
@@ -146,7 +169,7 @@ class Quantize:
     def _told(self) -> str:
         if self.is_plain and (self.kind == "none" or self.widths.activations == 8):
             return f"int8 {self.kind}"
-        weights = f"{self.bits} bits" if self.levels == "uniform" else self.levels
+        weights = str(self._inner_format) if self.levels in ("uniform", "nf4") else self.levels
         return f"weights {weights}, activations {self.kind if self.kind != 'static' else f'{self.widths.activations} bits'}, ends {self.ends} bits"
 
     # After training --------------------------------------------------------------------------------------------------------------
@@ -225,10 +248,39 @@ class Quantize:
         if self.levels == "uniform":
             quantize_weights(network, inner, grids[1])
         else:
-            quantize_to_levels(network, inner, self.levels)
+            quantize_to_levels(network, inner, cast(Levels, self.levels))
 
     def _is_wanted(self, point: WeightPoint) -> bool:
         return self.embeddings or not all(user.target is aten.embedding.default for user in point.node.users)
+
+    # Weights alone ---------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _inner_format(self) -> Format:
+        return Format(4 if self.levels == "nf4" else self.bits, self.group, self.symmetric, "nf4" if self.levels == "nf4" else "uniform")
+
+    def _formats(self, network: Network, placement: Placement) -> dict[str, Format]:
+        """The format of each weight; of ends and tables with 8 bits one scale a row."""
+        at_ends, inner = self.widths.parts(network, placement, self._is_wanted)
+        tables = {node.args[0] for node in network.graph.nodes if node.target is aten.embedding.default}
+        formats = {str(point.node.target): self._inner_format for point in inner}
+        for point in at_ends:
+            bits = self.tables if self.tables is not None and point.node in tables else self.ends
+            if bits != FLOAT:
+                formats[str(point.node.target)] = Format(8) if bits == 8 else Format(bits, self.group, self.symmetric)
+        return formats
+
+    def _weights_alone(self, plain: Network, task: Task) -> Network:
+        placement = place(plain)
+        formats = self._formats(plain, placement)
+        if not formats:
+            raise TaskError("The network has no convolution, linear layer or table with a constant weight: there is nothing to quantize.")
+        if self.rounding != "gptq":
+            return quantize_weight_only(plain, placement, formats, self.rounding, None)
+        data = Data(*self._split(plain, task))
+        ways = [quantize_weight_only(plain, placement, formats, "nearest", None)]
+        ways += [quantize_weight_only(plain, placement, formats, "gptq", data, self.refit, task.progress)]
+        return min(ways, key=Judge(plain, data.held, settle))
 
     def _without_data(self, plain: Network) -> Network:
         placement = place(plain)
@@ -246,7 +298,7 @@ class Quantize:
     def _trained(self, made: Network, plain: Network, original: Network, plan: Training, task: Task) -> Network:
         """The quantized network with weights, steps and zero points trained: first with its batch norms, then with them folded."""
         _, inner = self.widths.parts(plain, self._place(plain), self._is_wanted)
-        levels: dict[str, Levels] = {str(point.node.target): self.levels for point in inner} if self.levels != "uniform" else {}
+        levels: dict[str, Levels] = {str(point.node.target): cast(Levels, self.levels) for point in inner} if self.levels != "uniform" else {}
         student = learnable(made, plain, levels)
         norms = unfold(student, original) if self.warmup_share else []
         if norms:
