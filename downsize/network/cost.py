@@ -1,4 +1,5 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalSubscript=false
+# pyright: reportOperatorIssue=false
 """What a Network costs by arithmetic: multiply-accumulates, parameters and bytes, node by node, and what was not counted.
 
 One MAC is one multiplication with its addition; FLOPs are 2 x MACs. Only products count (convolutions, linear layers, matrix products,
@@ -8,14 +9,16 @@ attention, recurrent cells); elementwise operators, normalisations, pooling and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.nn import Parameter
 
+from ..numerics import grids, groups  # noqa: F401  (both register torch.ops.downsize)
 from .network import Network
 from .rewrite import aten
 from .statistics import Hook, walk
@@ -29,6 +32,7 @@ _FREE = """
     new_full zeros_like ones_like full_like empty_like broadcast_to concat concatenate narrow tensor_split unsafe_chunk unsafe_split tile
     """
 FREE = frozenset(_FREE.split())
+QUANTIZERS = tuple(getattr(torch.ops.downsize, name).default for name in ("fake_quantize", "fake_quantize_groups", "fake_quantize_levels"))
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Row:
     """One operator: its node, the user's module path and source line, and its cost for the inputs that were given.
 
     ``parameters`` counts the elements of the trainable tensors it reads, ``bytes`` those of all its constant tensors (running statistics
-    too); a tensor read twice is counted at its first reader.
+    too); a tensor read twice is counted at its first reader. A weight that a quantizer reads has the bytes of its codes, packed.
     """
 
     node: str
@@ -144,7 +148,7 @@ def count(network: Network, inputs: Any) -> Cost:
             if node.target not in COUNTED and name not in FREE and _tensors_in(value):
                 not_counted[name] += 1
             shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-            sizes = sum(t.numel() for t in tensors if isinstance(t, Parameter)), sum(t.numel() * t.element_size() for t in tensors)
+            sizes = sum(t.numel() for t in tensors if isinstance(t, Parameter)), _bytes(network, node, owned.get(node, ()))
             rows.append(Row(node.name, node.meta.get("module", ""), node.meta.get("source", ""), name, macs, *sizes, shape))
 
         return record
@@ -152,6 +156,23 @@ def count(network: Network, inputs: Any) -> Cost:
     walk(network, network.flat(inputs), {node: recorder(node) for node in network.graph.nodes if node.op == "call_function"})
     macs = sum(row.macs for row in rows)
     return Cost(tuple(rows), macs, 2 * macs, sum(r.parameters for r in rows), sum(r.bytes for r in rows), dict(not_counted.most_common()))
+
+
+def _bytes(network: Network, node: fx.Node, names: Iterable[str]) -> int:
+    """Bytes of the constants of these names that a node reads."""
+    total = 0
+    for name in names:
+        tensor = network.tensor(name)
+        is_weight = node.target in QUANTIZERS and node.args[0].op == "get_attr" and network.tensor(node.args[0].target) is tensor
+        total += -(-tensor.numel() * _bits(network, node) // 8) if is_weight else tensor.numel() * tensor.element_size()
+    return total
+
+
+def _bits(network: Network, quantizer: fx.Node) -> int:
+    """How many bits the codes of a quantizer have."""
+    if quantizer.target is torch.ops.downsize.fake_quantize_levels.default:
+        return max((len(network.tensor(quantizer.args[2].target)) - 1).bit_length(), 1)
+    return (quantizer.args[-1] - quantizer.args[-2]).bit_length()
 
 
 def _tensors_in(value: Any) -> bool:

@@ -94,6 +94,21 @@ def _fake_quantize(lineage: Positions, node: fx.Node) -> Dims:
     return dims
 
 
+def _fake_quantize_rows(lineage: Positions, node: fx.Node) -> Dims:
+    """In groups, or to levels: a row has scales of its own, and its columns stay, as they share them."""
+    dims, scale = lineage.dims[node.args[0]], lineage.dims[node.args[1]]
+    lineage.atoms.unify(dims[0], scale[0])
+    shared = [*dims[1:], scale[1]]
+    if operator_name(node) == "fake_quantize_groups":
+        lineage.atoms.unify(dims[0], lineage.dims[node.args[2]][0])
+        shared.append(lineage.dims[node.args[2]][1])
+    else:
+        shared += lineage.dims[node.args[2]]
+    for vector in shared:
+        lineage.atoms.freeze(vector)
+    return dims
+
+
 def _prelu(lineage: Positions, node: fx.Node) -> Dims:
     dims, slope = same(lineage, node), lineage.dims[node.args[1]][0] if lineage.dims[node.args[1]] else never(1)
     if len(slope) > 1:
@@ -372,3 +387,4 @@ POINTWISE = dict.fromkeys(
     pointwise,
 )
 RULES: dict[str, Rule] = {**VIEWS, **SIZES, **POINTWISE, **PRODUCTS, **STATISTICS, "fake_quantize": _fake_quantize, "prelu": _prelu}
+RULES |= dict.fromkeys(("fake_quantize_groups", "fake_quantize_levels"), _fake_quantize_rows)

@@ -10,14 +10,14 @@ Vocabulary after lowering (our own operators, each one ONNX operator or two): ``
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..numerics import grids
+from .lower_groups import Decoding, GroupedWeight, insert_call
+from .lower_weights import PRODUCTS, lower_weight
+from .lower_weights import finer as finer
 from .network import Network
 from .rewrite import CONVOLUTIONS, add_constant, argument, constant, only_user
 from .statistics import shapes
@@ -26,13 +26,7 @@ aten = torch.ops.aten
 ours = torch.ops.downsize
 # A bias code beyond this would not leave room for the accumulator.
 LARGEST_BIAS_CODE = 2.0**30
-# Matrix products with a weight: operator -> positions of input, weight, bias, and the weight's output axis.
-PRODUCTS: dict[object, tuple[int, int, int | None, int]] = {
-    aten.linear.default: (0, 1, 2, 0),
-    aten.addmm.default: (1, 2, 0, 1),
-    aten.mm.default: (0, 1, None, 1),
-    aten.matmul.default: (0, 1, None, 1),
-}
+GROUPED = (ours.fake_quantize_groups.default, ours.fake_quantize_levels.default)
 
 
 @torch.library.custom_op("downsize::quantize", mutates_args=())
@@ -82,14 +76,22 @@ def _(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty([*x.shape[:-1], q.shape[1]])
 
 
-def lower(network: Network) -> None:
-    """Replace the fake quantizers of ``network`` by integer constants and quantize/dequantize pairs, in place."""
+def lower(network: Network, runtime: str = "") -> list[Decoding]:
+    """Replace the fake quantizers of ``network`` by integer constants and quantize/dequantize pairs, in place.
+
+    Args: ``runtime``: whose own operators may be used; empty for standard operators alone.
+
+    Returns: of each weight that is decoded somewhere, where.
+    """
+    made: list[Decoding] = []
+    for fake in [node for node in network.graph.nodes if node.target in GROUPED and constant(network, node.args[0]) is not None]:
+        made += GroupedWeight.of(network, fake).lower(runtime)
     fakes = [node for node in network.graph.nodes if node.target is ours.fake_quantize.default]
     with FakeTensorMode(allow_non_fake_inputs=True):
         ranks = {node: len(size) for node, size in shapes(network).items()} if fakes else {}
     weights = [fake for fake in fakes if constant(network, fake.args[0]) is not None]
     for fake in weights:
-        _lower_weight(network, fake, ranks)
+        made += lower_weight(network, fake, ranks, runtime)
     for fake in fakes:
         if fake not in weights:
             _lower_activation(network, fake)
@@ -100,74 +102,11 @@ def lower(network: Network) -> None:
         if node.target in CONVOLUTIONS or node.target in (aten.linear.default, aten.addmm.default):
             _lower_bias(network, node)
     network.recompile()
+    return made
 
 
 def _grid(fake: fx.Node) -> grids.Grid:
     return grids.Grid(int(fake.args[4]), int(fake.args[5]))
-
-
-def finer(grid: grids.Grid) -> int:
-    """The power of two that codes of a signed grid are multiplied by in a file; 1 for those of int8."""
-    room = grids.INT8.high // max(-grid.low, grid.high)
-    return 1 if grid.low >= 0 or room < 2 else 1 << (room.bit_length() - 1)
-
-
-@dataclass
-class _Weight:
-    """A fake-quantized weight: its codes, and the constants made of them so far, by whether they are transposed.
-
-    Codes of few bits are multiplied by a power of two that int8 has room for, ``factor``, and the scale is divided by it: the values are the
-    same, and integer biases, whose step is this scale times the input's, become so much finer.
-    """
-
-    network: Network
-    fake: fx.Node
-    q: Tensor
-    factor: int
-    made: dict[bool, fx.Node] = field(default_factory=dict)
-
-    @staticmethod
-    def of(network: Network, fake: fx.Node) -> _Weight:
-        weight, scale, zero_point = (constant(network, node) for node in fake.args[:3])
-        assert weight is not None and scale is not None and zero_point is not None
-        grid = _grid(fake)
-        factor = 1 if bool(zero_point.any()) else finer(grid)
-        with torch.no_grad():
-            return _Weight(network, fake, grids.codes(weight, scale, zero_point, fake.args[3], grid) * factor, factor)
-
-    def constant(self, what: str, tensor: Tensor) -> fx.Node:
-        return add_constant(self.network, f"{self.fake.args[0].target}_{what}", tensor.detach(), self.fake)
-
-    def scale(self) -> Tensor:
-        scale = constant(self.network, self.fake.args[1])
-        assert scale is not None
-        return scale / self.factor
-
-    def codes(self, transposed: bool) -> fx.Node:
-        if transposed not in self.made:
-            self.made[transposed] = self.constant("codes", self.q.t().contiguous() if transposed else self.q)
-        return self.made[transposed]
-
-    def values(self, transposed: bool, before: fx.Node) -> fx.Node:
-        axis: Any = self.fake.args[3]
-        zero = self.constant("zero", constant(self.network, self.fake.args[2]).to(self.q.dtype))
-        parts = self.codes(transposed), self.constant("scale", self.scale()), zero
-        return insert_call(self.network, before, ours.dequantize.default, (*parts, axis if axis is None or not transposed else 1 - axis))
-
-
-def _lower_weight(network: Network, fake: fx.Node, ranks: dict[fx.Node, int]) -> None:
-    weight = _Weight.of(network, fake)
-    tables = [user for user in fake.users if user.target is aten.embedding.default and user.args[0] is fake]
-    for user in list(fake.users):
-        if user.target in PRODUCTS and user.args[PRODUCTS[user.target][1]] is fake and fake.args[3] in (None, PRODUCTS[user.target][3]):
-            _lower_product(weight, user, ranks)
-    if set(fake.users) - set(tables):
-        made = weight.values(False, fake)
-        fake.replace_all_uses_with(made, delete_user_cb=lambda user: user not in tables)
-    for user in tables:
-        # A table that layers read too is stored once, the way round that they take.
-        _lower_embedding(weight, user, transposed=True in weight.made and False not in weight.made)
-    network.graph.erase_node(fake)
 
 
 def dequantized(network: Network, name: str, q: Tensor, scale: Tensor, zero_point: Tensor, axis: object, before: fx.Node) -> fx.Node:
@@ -178,43 +117,6 @@ def dequantized(network: Network, name: str, q: Tensor, scale: Tensor, zero_poin
         add_constant(network, f"{name}_zero", zero_point.to(q.dtype), before),
     ]
     return insert_call(network, before, ours.dequantize.default, (*parts, axis))
-
-
-def insert_call(network: Network, before: fx.Node, target: object, args: tuple[object, ...]) -> fx.Node:
-    """A call of ``target`` before ``before``, which stands for the same part of the user's model."""
-    with network.graph.inserting_before(before):
-        made = network.graph.call_function(target, args)
-    made.meta = dict(before.meta)
-    return made
-
-
-def _lower_embedding(weight: _Weight, user: fx.Node, transposed: bool) -> None:
-    scale = weight.scale().reshape(-1, 1).expand(weight.q.shape[0], 1).contiguous()
-    args = weight.codes(transposed), weight.constant("scale", scale), user.args[1], int(transposed)
-    user.replace_all_uses_with(insert_call(weight.network, user, ours.quantized_embedding.default, args))
-    weight.network.graph.erase_node(user)
-
-
-def _lower_product(weight: _Weight, user: fx.Node, ranks: dict[fx.Node, int]) -> None:
-    """A layer of N-D input becomes a product with codes [in, out], the way round that integer kernels for it take, and a sum.
-
-    One of 2-D input stays as it is: it is exported as Gemm, whose kernel adds an integer bias.
-    """
-    network, (at_source, _, at_bias, output_axis) = weight.network, PRODUCTS[user.target]
-    source, bias = user.args[at_source], None if at_bias is None else argument(user, at_bias, "bias")
-    dynamic = isinstance(source, fx.Node) and source.target is ours.fake_quantize_dynamic.default
-    if user.kwargs.keys() & {"alpha", "beta"} or (not dynamic and (user.target is not aten.linear.default or ranks.get(user) == 2)):
-        return
-    transposed = output_axis == 0
-    if dynamic:
-        scales = weight.constant("scale", weight.scale().expand(weight.q.shape[output_axis]).contiguous())
-        product = insert_call(network, user, ours.dynamic_linear.default, (source.args[0], weight.codes(transposed), scales))
-    else:
-        product = insert_call(network, user, aten.matmul.default, (source, weight.values(transposed, user)))
-    if bias is not None:
-        product = insert_call(network, user, aten.add.Tensor, (product, bias))
-    user.replace_all_uses_with(product)
-    network.graph.erase_node(user)
 
 
 def _lower_activation(network: Network, fake: fx.Node) -> None:

@@ -25,8 +25,10 @@ from onnxscript import opset20 as op
 from torch.export import Dim, export
 
 from ..errors import ExportError
+from . import packed_onnx
 from .attention import spell_attention
 from .lower import lower
+from .lower_groups import Decoding
 from .network import Network
 from .rewrite import aten, drop_identities, fold_batch_norm, fold_padding
 from .runtime_faults import avoid
@@ -95,18 +97,21 @@ TRANSLATIONS = {
     ours.quantized_embedding.default: _quantized_embedding,
     ours.dynamic_linear.default: _dynamic_linear,
     ours.fake_quantize_dynamic.default: _fake_quantize_dynamic,
+    **packed_onnx.TRANSLATIONS,
     # The exporter cannot say it.
     aten.adaptive_avg_pool3d.default: _adaptive_average,
 }
 
 
-def write(network: Network, path: str | Path) -> None:
+def write(network: Network, path: str | Path, runtime: str = "") -> None:
     """Write ``network`` to ``path`` as one ONNX file (opset 20), whole or not at all; batch and other open dimensions stay open.
+
+    Args: ``runtime``: the name of a runtime whose own operators may be used beside the standard ones.
 
     Raises:
         ExportError: naming the operator that ONNX cannot say and the user's source line; or the disk is full, or the folder missing.
     """
-    model = to_onnx(network)
+    model = to_onnx(network, runtime)
     path = Path(path)
     temporary = ""
     try:
@@ -123,20 +128,31 @@ def write(network: Network, path: str | Path) -> None:
         raise
 
 
-def to_onnx(network: Network) -> ir.Model:
-    """The ONNX form of ``network``, in memory, sharing its tensors."""
+def decodings(network: Network, runtime: str = "") -> list[Decoding]:
+    """Of each quantized weight that the file for ``runtime`` holds in another form than is computed with: where it is decoded."""
+    return _lowered(network, runtime)[1]
+
+
+def _lowered(network: Network, runtime: str) -> tuple[Network, list[Decoding]]:
     lowered = network.fork().eval()
     drop_identities(lowered)
     fold_batch_norm(lowered)
     fold_padding(lowered)
-    lower(lowered)
+    made = lower(lowered, runtime)
     avoid(lowered)
     spell_attention(lowered)
+    return lowered, made
+
+
+def to_onnx(network: Network, runtime: str = "") -> ir.Model:
+    """The ONNX form of ``network``, in memory, sharing its tensors."""
+    lowered, _ = _lowered(network, runtime)
     size = sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for _, t in lowered.named_tensors()}.values())
     if size > LARGEST_FILE:
         raise ExportError(f"The file would hold {size / 1e9:.1f} GB; one ONNX file holds at most 2 GB. Compress the network more, or split it.")
     names = [port.name for port in network.ports], _output_names(lowered)
     made = _translate(lowered, names)
+    packed_onnx.spell_packed(made)
     _finish(made, network, names)
     return made
 

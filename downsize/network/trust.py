@@ -30,6 +30,7 @@ LARGEST_INTEGER_BITS = 1024
 LARGEST_TENSOR_BYTES = 2**32
 MOST_TENSORS = 2**16
 FIELDS = {"tensor": (), "constant": ("value",), "tuple": ("items",), "list": ("items",), "dict": ("items", "keys")}
+_GROUPED = (torch.ops.downsize.fake_quantize_groups.default, torch.ops.downsize.fake_quantize_levels.default)
 _NUMBERS = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 _NODE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -157,11 +158,30 @@ class _Shapes(fx.Interpreter):
                 raise NetworkFileError(f"{SYMBOLIC_NAME[target]} is given something that is no number: the file is damaged or forged.")
         elif _pieces(target, args, kwargs) > MOST_TENSORS:
             raise NetworkFileError(f"{target} makes more than {MOST_TENSORS} tensors: the file is damaged or forged.")
+        elif target in _GROUPED and (kwargs or not _is_grouped(target, *args)):
+            raise NetworkFileError(f"{target} is given groups, scales or levels that do not fit the weight: the file is damaged or forged.")
         value = super().call_function(target, args, kwargs)
         for tensor in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(tensor, Tensor):
                 _check_size(tensor, str(target))
         return value
+
+
+def _is_grouped(target: Any, x: Any, scale: Any, third: Any, group: Any, low: Any = 0, high: Any = 255) -> bool:
+    """Whether the arguments of a quantizer in groups, or to levels, fit each other: its own shape rule looks at the weight alone."""
+    numbers = all(isinstance(value, int) and not isinstance(value, bool) for value in (group, low, high))
+    if not numbers or not all(isinstance(part, Tensor) for part in (x, scale, third)) or x.dim() < 2:
+        return False
+    columns = 1
+    for size in x.shape[1:]:
+        columns *= size
+    if columns == 0 or group < 1 or not low < high <= (255 if low >= 0 else 127) or low < -128:
+        return False
+    floats = x.is_floating_point() and scale.is_floating_point()
+    fits = tuple(scale.shape) == (x.shape[0], -(-columns // group))
+    if target is _GROUPED[0]:
+        return floats and fits and third.dtype is torch.int32 and third.shape == scale.shape
+    return floats and fits and third.is_floating_point() and third.dim() == 1 and 1 <= len(third) <= 256
 
 
 def _check_size(tensor: Tensor, what: str) -> None:

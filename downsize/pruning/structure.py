@@ -39,7 +39,9 @@ from .refitting import refit_layers
 from .renormalise import reestimate_batch_norms
 from .sites import Reader, Site, first_reader, in_order, sites
 
-QUANTIZERS = (torch.ops.downsize.fake_quantize.default, torch.ops.downsize.fake_quantize_dynamic.default)
+QUANTIZERS = tuple(
+    getattr(torch.ops.downsize, name).default for name in ("fake_quantize", "fake_quantize_dynamic", "fake_quantize_groups", "fake_quantize_levels")
+)
 # What a cut may differ from its mask by, of the outputs' largest value.
 TOLERANCE = 1e-3
 

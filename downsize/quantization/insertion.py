@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..network.lower import GROUPED
 from ..network.network import Network
 from ..network.rewrite import add_constant, constant, insert_after, set_constant
 from ..numerics import grids
@@ -110,14 +111,14 @@ def grid_of(fake: fx.Node) -> Grid:
 def settle(network: Network) -> Network:
     """A fork that only runs, faster: fake-quantized weights are constants already, activations are rounded by torch's own operator."""
     settled = network.fork()
-    for node in [n for n in settled.graph.nodes if n.target is FAKE]:
-        weight, scale, zero_point = (constant(settled, argument) for argument in node.args[:3])
+    for node in [n for n in settled.graph.nodes if n.target is FAKE or n.target in GROUPED]:
+        weight, *parts = (constant(settled, argument) for argument in node.args[:3])
         if weight is not None:
             with torch.no_grad():
-                value = FAKE(weight, scale, zero_point, *node.args[3:])
+                value = node.target(weight, *parts, *node.args[3:])  # type: ignore[operator]
             node.replace_all_uses_with(add_constant(settled, f"{node.args[0].target}_settled", value, node))  # type: ignore[union-attr]
             settled.graph.erase_node(node)
-        elif node.args[3] is None:
+        elif node.target is FAKE and node.args[3] is None:
             node.target = torch.ops.aten.fake_quantize_per_tensor_affine.tensor_qparams
             node.args = (*node.args[:3], *node.args[4:])
     settled.recompile()

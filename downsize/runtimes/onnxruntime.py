@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -120,4 +121,4 @@ def _types(args: dict[str, Any]) -> str:
     return " -> ".join(sides)
 
 
-RUNTIME = Runtime(NAME, ".onnx", missing, version, export_onnx, open_session, profile)
+RUNTIME = Runtime(NAME, ".onnx", missing, version, partial(export_onnx, runtime=NAME), open_session, profile)

@@ -85,11 +85,11 @@ class Runtime:
     profile: Callable[[str | Path, int, Any, int], list[OperatorTime]]
 
 
-def export_onnx(network: Any, path: str | Path) -> None:
-    """Write ``network`` (a Network) as the ONNX file ``path``, which every runtime here reads."""
+def export_onnx(network: Any, path: str | Path, runtime: str) -> None:
+    """Write ``network`` (a Network) as the ONNX file ``path``, with the operators that ``runtime`` has."""
     from ..network.onnx_file import write  # torch is needed only here
 
-    write(network, path)
+    write(network, path, runtime)
 
 
 def why_missing(package: str, pip: str) -> str | None:

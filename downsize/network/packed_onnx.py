@@ -1,0 +1,213 @@
+"""The ONNX form of constants of few bits (see ``packed.py``).
+
+The exporter computes what it can of constants, and would write the decoded weights into the file. So it is handed operators that it does not
+know, of the domain ``downsize``; when it has done, :func:`spell_packed` puts standard operators in their place.
+
+Bits are taken apart by looking bytes up in a table, or, where codes lie across bytes, by division and remainder: these OpenVINO computes when
+it loads a file, while it neither does so with shifts nor shifts bytes to the left rightly.
+"""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import TensorProto
+from onnx.defs import OpSchema
+from onnxscript import ir, values
+
+from .packed import WHOLE
+
+DOMAIN = "downsize"
+MICROSOFT = "com.microsoft"
+ours = torch.ops.downsize
+ANYTHING = sorted(f"tensor({kind})" for kind in ("float", "float16", "uint8", "int8", "int32", "int64"))
+
+
+def _unknown_operator(name: str, inputs: int, *attributes: str) -> values.Op:
+    """An operator of so many inputs (the last may be left out) and whole-number attributes."""
+    optional = [OpSchema.FormalParameterOption.Single] * (inputs - 1) + [OpSchema.FormalParameterOption.Optional]
+    schema = OpSchema(
+        name,
+        DOMAIN,
+        1,
+        inputs=[OpSchema.FormalParameter(f"x{i}", f"T{i}", param_option=option) for i, option in enumerate(optional)],
+        outputs=[OpSchema.FormalParameter("y", "T")],
+        type_constraints=[(kind, ANYTHING, "") for kind in ("T", *(f"T{i}" for i in range(inputs)))],
+        attributes=[OpSchema.Attribute(attribute, OpSchema.AttrType.INT, "") for attribute in attributes],
+    )
+    return values.Op(values.Opset(DOMAIN, 1), name, schema)
+
+
+_UNPACK = _unknown_operator("Unpack", 2, "width", "stored", "columns", "rank")
+_PACKED_ROWS = _unknown_operator("PackedRows", 2, "rank", "index_rank")
+_DECODE = _unknown_operator("Decode", 3, "behind")
+_DECODE_GROUPS = _unknown_operator("DecodeGroups", 3, "group", "groups", "columns", "rank")
+_GROUP_LINEAR = _unknown_operator("GroupLinear", 4, "width", "group", "rows", "blocks", "columns")
+
+
+def _unpack(bits, table, width, columns):
+    return _UNPACK(bits, table, width=width, stored=bits.shape[-1] * 8 // width, columns=columns, rank=len(bits.shape))
+
+
+def _packed_rows(table, index):
+    return _PACKED_ROWS(table, index, rank=len(table.shape), index_rank=len(index.shape))
+
+
+def _decode(q, scale, zero_point=None, axis=None):
+    return _DECODE(q, scale, zero_point, behind=0 if axis is None else len(q.shape) - 1 - axis)
+
+
+def _decode_groups(q, scale, zero_point, group):
+    return _DECODE_GROUPS(q, scale, zero_point, group=group, groups=scale.shape[-1], columns=q.shape[-1], rank=len(q.shape))
+
+
+def _group_linear(x, bits, scale, zero_point, width, group):
+    sizes = {"rows": bits.shape[0], "blocks": bits.shape[1], "columns": x.shape[-1]}
+    return _GROUP_LINEAR(x, bits, scale, zero_point, width=width, group=group, **sizes)
+
+
+TRANSLATIONS: dict[Any, Callable[..., Any]] = {
+    ours.unpack.default: _unpack,
+    ours.packed_rows.default: _packed_rows,
+    ours.decode.default: _decode,
+    ours.decode_groups.default: _decode_groups,
+    ours.group_linear.default: _group_linear,
+}
+
+
+def spell_packed(model: ir.Model) -> None:
+    """Replace, in place, the operators of the domain ``downsize`` by those that runtimes have."""
+    writer = _Writer(model.graph)
+    for node in list(model.graph):
+        if node.domain == DOMAIN:
+            writer.nodes = []
+            writer.metadata = dict(node.metadata_props)
+            sizes = {name: attribute.as_int() for name, attribute in node.attributes.items()}
+            made = SPELLINGS[node.op_type](writer, *node.inputs, **sizes)
+            made.name, node.outputs[0].name = node.outputs[0].name, None
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], writer.nodes, node.outputs, [made])
+    model.opset_imports.pop(DOMAIN, None)
+    if any(node.domain == MICROSOFT for node in model.graph):
+        model.opset_imports[MICROSOFT] = 1
+
+
+class _Writer:
+    """Makes nodes, and constants, each once for a file."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.nodes: list[ir.Node] = []
+        self.metadata: dict[str, str] = {}
+        self.constants: dict[tuple[Any, ...], ir.Value] = {}
+
+    def __call__(self, operator: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        node = ir.node(operator, inputs, attributes, domain=domain, metadata_props=self.metadata)
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, array: Any) -> ir.Value:
+        """An initializer with these numbers."""
+        array = np.asarray(array)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self.constants:
+            name = f"constant_{len(self.constants)}"
+            while name in self.graph.initializers:
+                name += "_"
+            self.constants[key] = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+            self.graph.register_initializer(self.constants[key])
+        return self.constants[key]
+
+    def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """Where ``shape`` has 0 the dimension stays."""
+        return self("Reshape", value, self.constant(np.array(shape, np.int64)))
+
+    def first(self, value: ir.Value, columns: int) -> ir.Value:
+        """The first columns of the last dimension."""
+        ends = (self.constant(np.array([number], np.int64)) for number in (0, columns, -1))
+        return self("Slice", value, *ends)
+
+    def floats(self, value: ir.Value) -> ir.Value:
+        return self("Cast", value, to=TensorProto.FLOAT)
+
+
+def _spell_unpack(write: _Writer, bits: ir.Value, table: ir.Value, width: int, stored: int, columns: int, rank: int) -> ir.Value:
+    entries, leading = table.const_value.numpy(), [0] * (rank - 1)
+    numbers = write("Cast", bits, to=TensorProto.INT32)
+    if width in WHOLE:
+        of_byte = np.arange(256)[:, None] >> np.arange(0, 8, width) & 2**width - 1
+        codes = write("Gather", write.constant(entries[of_byte]), numbers, axis=0)
+    else:
+        start = np.arange(8, dtype=np.int32) * width
+        runs = write.reshape(numbers, [*leading, -1, width])
+        low = write("Gather", runs, write.constant(start // 8), axis=-1)
+        high = write("Gather", runs, write.constant(np.minimum(start // 8 + 1, width - 1)), axis=-1)
+        both = write("Add", low, write("Mul", high, write.constant(np.int32(256))))
+        shifted = write("Div", both, write.constant(np.int32(1) << start % 8))
+        codes = write("Gather", write.constant(entries), write("Mod", shifted, write.constant(np.int32(2**width))), axis=0)
+    flat = write.reshape(codes, [*leading, -1])
+    return flat if stored == columns else write.first(flat, columns)
+
+
+def _spell_packed_rows(write: _Writer, table: ir.Value, index: ir.Value, rank: int, index_rank: int) -> ir.Value:
+    rows = write("Gather", table, index, axis=0)
+    return rows if rank == 2 else write.reshape(rows, [*[0] * index_rank, -1])
+
+
+def _spell_decode(write: _Writer, q: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, behind: int = 0) -> ir.Value:
+    def along(value: ir.Value) -> ir.Value:
+        return write.reshape(value, [-1, *[1] * behind]) if behind else value
+
+    return _scaled(write, q, along(scale), None if zero_point is None else along(zero_point))
+
+
+def _scaled(write: _Writer, q: ir.Value, scale: ir.Value, zero_point: ir.Value | None) -> ir.Value:
+    numbers = write.floats(q)
+    shifted = numbers if zero_point is None else write("Sub", numbers, write.floats(zero_point))
+    return write("Mul", shifted, write.floats(scale))
+
+
+def _spell_decode_groups(
+    write: _Writer, q: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, *, group: int, groups: int, columns: int, rank: int
+) -> ir.Value:
+    def spread(value: ir.Value | None) -> ir.Value | None:
+        if groups == 1 or value is None:
+            return value
+        parts = write("Unsqueeze", value, write.constant(np.array([-1])))
+        full = write.reshape(write("Expand", parts, write.constant(np.array([group]))), [*[0] * (rank - 1), -1])
+        return full if groups * group == columns else write.first(full, columns)
+
+    return _scaled(write, q, spread(scale), spread(zero_point))
+
+
+def _spell_group_linear(
+    write: _Writer,
+    x: ir.Value,
+    bits: ir.Value,
+    scale: ir.Value,
+    zero_point: ir.Value | None = None,
+    *,
+    width: int,
+    group: int,
+    rows: int,
+    blocks: int,
+    columns: int,
+) -> ir.Value:
+    full = write("Expand", write.floats(scale), write.constant(np.array([rows, blocks])))
+    inputs = [x, bits, full] + ([] if zero_point is None else [zero_point])
+    # Level 1 computes in float32; others round x.
+    sizes = {"K": columns, "N": rows, "bits": width, "block_size": group, "accuracy_level": 1}
+    return write("MatMulNBits", *inputs, domain=MICROSOFT, **sizes)
+
+
+SPELLINGS: dict[str, Callable[..., ir.Value]] = {
+    "Unpack": _spell_unpack,
+    "PackedRows": _spell_packed_rows,
+    "Decode": _spell_decode,
+    "DecodeGroups": _spell_decode_groups,
+    "GroupLinear": _spell_group_linear,
+}
