@@ -98,7 +98,8 @@ def fitted_scales(weight: Tensor, values: Tensor, scale: Tensor, group: int, gra
 
     Args: ``weight``, ``values``: [rows, columns], before and after rounding with ``scale`` [rows, groups]; ``gram``: [columns, columns].
 
-    Returns: float32 [rows, groups]. The damping, as in :func:`compensated`, holds scales that the inputs say little of near the old ones.
+    Returns: float32 [rows, groups]. The damping, as in :func:`compensated`, holds scales that the inputs say little of near the old ones;
+    one that would not stay above zero stays as it was.
     """
     columns, groups = weight.shape[1], scale.shape[1]
     where = torch.arange(columns, device=weight.device) // group
@@ -113,7 +114,8 @@ def fitted_scales(weight: Tensor, values: Tensor, scale: Tensor, group: int, gra
     normal = torch.stack([sums(steps[:, part] @ wide[part] * steps) for part in parts], dim=1)
     ridge = 1e-9 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
     change = torch.linalg.solve(normal + torch.diag_embed(ridge[:, None].expand(-1, groups)), missing)
-    return (scale.double() + change).float()
+    fitted = (scale.double() + change).float()
+    return torch.where(fitted > 0, fitted, scale)
 
 
 def inverse_factor(gram: Tensor) -> Tensor:
