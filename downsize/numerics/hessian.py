@@ -98,16 +98,16 @@ def fitted_scales(weight: Tensor, values: Tensor, scale: Tensor, group: int, gra
 
     Args: ``weight``, ``values``: [rows, columns], before and after rounding with ``scale`` [rows, groups]; ``gram``: [columns, columns].
 
-    Returns: float32 [rows, groups]. The damping, as in :func:`compensated`, holds scales that the inputs say little of near the old ones;
-    one that would not stay above zero stays as it was.
+    Returns: float32 [rows, groups]. With the damping of :func:`compensated`, scales that the inputs say little of fit the weights; one that
+    would not stay above zero stays as it was.
     """
     columns, groups = weight.shape[1], scale.shape[1]
     where = torch.arange(columns, device=weight.device) // group
-    wide = gram.double() + torch.eye(columns, dtype=torch.float64) * (damping * gram.diagonal().double().mean())
+    wide = gram.double() + torch.eye(columns, dtype=torch.float64, device=gram.device) * (damping * gram.diagonal().double().mean())
     steps = values.double() / scale.double()[:, where]
 
     def sums(each: Tensor) -> Tensor:
-        return torch.zeros(len(each), groups, dtype=torch.float64).index_add_(1, where, each)
+        return each.new_zeros(len(each), groups).index_add_(1, where, each)
 
     missing = sums((weight - values).double() @ wide * steps)
     parts = [slice(i * group, min((i + 1) * group, columns)) for i in range(groups)]
