@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalSubscript=false
-# pyright: reportOperatorIssue=false
+# pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false
 """What a Network costs by arithmetic: multiply-accumulates, parameters and bytes, node by node, and what was not counted.
 
 One MAC is one multiplication with its addition; FLOPs are 2 x MACs. Only products count (convolutions, linear layers, matrix products,

@@ -145,25 +145,27 @@ class GroupedWeight:
         # One scale a row leaves codes that a runtime may keep as they are; with groups all is decoded to floats.
         return packed if self.scale.shape[1] == 1 else Packed(packed.bits, packed.table.float(), packed.width, packed.columns)
 
-    def _zeros(self, before: fx.Node, index: object = None) -> fx.Node | None:
+    def _zeros(self, by_rows: bool, before: fx.Node, index: object = None) -> fx.Node | None:
         if self.zero_point is None:
             return None
         if int(self.zero_point.max()) - int(self.zero_point.min()) > 255:
             wide = self.constant("offsets", self.zero_point)
             return wide if index is None else insert_call(self.network, before, ours.packed_rows.default, (wide, index))
-        packed = Packed.of(self.zero_point)
+        packed = Packed.of(self.zero_point if by_rows else self.zero_point.reshape(1, -1))
         bits, table = self.constant("offsets", packed.bits), self.constant("offsets_table", packed.table.float())
         if index is not None:
             bits = insert_call(self.network, before, ours.packed_rows.default, (bits, index))
-        return insert_call(self.network, before, ours.unpack.default, (bits, table, packed.width, packed.columns))
+        zeros = insert_call(self.network, before, ours.unpack.default, (bits, table, packed.width, packed.columns))
+        return zeros if by_rows else insert_call(self.network, before, aten.reshape.default, (zeros, list(self.zero_point.shape)))
 
     # Where it is decoded ---------------------------------------------------------------------------------------------------------------
 
     def _values(self, by_rows: bool) -> fx.Node:
         """The whole weight in float, decoded when the file is loaded."""
-        codes = self._codes(by_rows or "blocks" in self.made, self.fake)
+        by_rows = by_rows or "blocks" in self.made
+        codes, zeros = self._codes(by_rows, self.fake), self._zeros(by_rows, self.fake)
         scale = self.constant("scale", stored_scale(self.scale))
-        values = insert_call(self.network, self.fake, ours.decode_groups.default, (codes, scale, self._zeros(self.fake), self.group))
+        values = insert_call(self.network, self.fake, ours.decode_groups.default, (codes, scale, zeros, self.group))
         shape = list(self.network.tensor(self.name).shape)
         return values if len(shape) == 2 else insert_call(self.network, self.fake, aten.reshape.default, (values, shape))
 
@@ -172,7 +174,7 @@ class GroupedWeight:
         index = user.args[1]
         scale = insert_call(self.network, user, ours.packed_rows.default, (self.constant("scale", stored_scale(self.scale)), index))
         codes = self._codes(True, user, index)
-        args = codes, scale, self._zeros(user, index), self.group
+        args = codes, scale, self._zeros(True, user, index), self.group
         user.replace_all_uses_with(insert_call(self.network, user, ours.decode_groups.default, args))
         self.network.graph.erase_node(user)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..numerics import grids
 from ..numerics.groups import spread
-from ..numerics.packing import pack, unpack
+from ..numerics.packing import byte_count, pack, unpack
 
 # What the operators that decode a weight take in a file, in bytes.
 OPERATORS_TAKE = 600
@@ -44,7 +44,11 @@ class Packed:
         low = int(wide.min())
         step = math.gcd(*(wide - low).unique().tolist()) or 1
         numbers = (wide - low) // step
-        width = max(int(numbers.max()).bit_length(), 1)
+        least = max(int(numbers.max()).bit_length(), 1)
+        # Short rows are filled up less by codes that bytes hold a whole number of.
+        width = min(
+            least, min(each for each in WHOLE if each >= least), key=lambda each: byte_count(numbers.shape[1] + filling(numbers.shape[1], each), each)
+        )
         table = (low + step * torch.arange(2**width)).clamp(max=int(wide.max()))
         return Packed.numbered(numbers, table.to(q.dtype), width)
 
@@ -55,6 +59,11 @@ class Packed:
         # Two codes of one bit are one of two.
         bits = pack(filled[:, ::2] + 2 * filled[:, 1::2], 2) if width == 1 else pack(filled, width)
         return Packed(bits, table, width, numbers.shape[1])
+
+
+def filling(columns: int, width: int) -> int:
+    """How many codes fill a row of so many up to what can be taken apart."""
+    return -columns % (8 // width if width in WHOLE else 8)
 
 
 def numbers_of(bits: Tensor, width: int, columns: int) -> Tensor:

@@ -104,6 +104,7 @@ class _Writer:
         self.nodes: list[ir.Node] = []
         self.metadata: dict[str, str] = {}
         self.constants: dict[tuple[Any, ...], ir.Value] = {}
+        self.tables: dict[tuple[Any, ...], ir.Value] = {}
 
     def __call__(self, operator: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         node = ir.node(operator, inputs, attributes, domain=domain, metadata_props=self.metadata)
@@ -122,6 +123,15 @@ class _Writer:
             self.graph.register_initializer(self.constants[key])
         return self.constants[key]
 
+    def of_bytes(self, entries: np.ndarray, width: int) -> ir.Value:
+        """The entries that each byte stands for, [256, codes a byte], made when the file is loaded, and once."""
+        key = (entries.dtype.str, entries.tobytes(), width)
+        if key not in self.tables:
+            numbers = (np.arange(256)[:, None] >> np.arange(0, 8, width)).astype(np.uint8) & np.uint8(2**width - 1)
+            index = self("Cast", self.constant(numbers), to=TensorProto.INT32)
+            self.tables[key] = self("Gather", self.constant(entries), index, axis=0)
+        return self.tables[key]
+
     def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
         """Where ``shape`` has 0 the dimension stays."""
         return self("Reshape", value, self.constant(np.array(shape, np.int64)))
@@ -139,8 +149,7 @@ def _spell_unpack(write: _Writer, bits: ir.Value, table: ir.Value, width: int, s
     entries, leading = table.const_value.numpy(), [0] * (rank - 1)
     numbers = write("Cast", bits, to=TensorProto.INT32)
     if width in WHOLE:
-        of_byte = np.arange(256)[:, None] >> np.arange(0, 8, width) & 2**width - 1
-        codes = write("Gather", write.constant(entries[of_byte]), numbers, axis=0)
+        codes = write("Gather", write.of_bytes(entries, width), numbers, axis=0)
     else:
         start = np.arange(8, dtype=np.int32) * width
         runs = write.reshape(numbers, [*leading, -1, width])
