@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -49,6 +49,21 @@ class Bits:
         at_end |= {node.args[0] for node in network.graph.nodes if node.target is aten.embedding.default}
         points = [point for point in placement.weights if wanted(point)]
         return [p for p in points if p.node in at_end], [p for p in points if p.node not in at_end]
+
+    def shares(
+        self, network: Network, placement: Placement, wanted: Callable[[WeightPoint], bool], own: Mapping[str, int]
+    ) -> dict[int, list[WeightPoint]]:
+        """The weights by their bits; ``own``: those of single weights, by name."""
+        found: dict[int, list[WeightPoint]] = {}
+        for points, bits in zip(self.parts(network, placement, wanted), (self.ends, self.weights), strict=True):
+            for point in points:
+                found.setdefault(own.get(str(point.node.target), bits), []).append(point)
+        return found
+
+    def of_inputs(self, network: Network, placement: Placement) -> dict[fx.Node, int]:
+        """The bits of each layer's input."""
+        last = ends(network, placement)
+        return {layer: self.ends if layer in last else self.activations for layer in placement.layers}
 
     @property
     def grids(self) -> tuple[Grid, Grid]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field, replace
 from typing import Literal, cast
 
@@ -12,18 +13,21 @@ from ..errors import SpecError, TaskError
 from ..network.judge import Judge
 from ..network.network import Network
 from ..network.rewrite import aten, drop_identities, fold_batch_norm, fold_padding
-from ..network.statistics import Distribution, Pieces, distributions
-from ..numerics.grids import UINT8, Grid
+from ..network.statistics import Pieces
+from ..numerics.grids import weight_grid
 from ..numerics.lowbit import Levels
 from ..quantization.bits import Bits
+from ..quantization.choosing import TRIAL_PIECES, own, plain_ranges, ranges_to_try, spread
 from ..quantization.correction import correct_biases, round_biases
 from ..quantization.equalization import equalize
 from ..quantization.formats import Format
 from ..quantization.insertion import quantize_activations, quantize_dynamically, quantize_to_levels, quantize_weights, settle
+from ..quantization.keeping import without
 from ..quantization.learned import learnable, settle_learned
+from ..quantization.mixed import By, amount_of, choose_bits, size_limit
 from ..quantization.norms import fold, unfold
 from ..quantization.placement import Placement, WeightPoint, place
-from ..quantization.ranges import ESTIMATORS, Range, candidates, choose, mean_squared_error
+from ..quantization.ranges import ESTIMATORS, Range
 from ..quantization.rounding import round_weights
 from ..quantization.smoothing import smooth
 from ..quantization.weight_only import Data, quantize_weight_only
@@ -32,12 +36,12 @@ from ..task import Task
 from ..training.plan import Training
 from ..training.quantizing import Quantizing
 
-# How many pieces (of one sample or a few) are enough to compare choices, and to solve for weights and biases.
-TRIAL_PIECES = 8
+# How many pieces (of one sample or a few) are enough to solve for weights and biases.
 ROUNDING_PIECES = 40
 MEAN_PIECES = 64
 FLOAT = 32  # bits of what is not quantized
 Width = Literal[2, 3, 4, 5, 6, 7, 8, 32]
+Codes = Literal[2, 3, 4, 5, 6, 7, 8]
 
 
 @frozen
@@ -66,8 +70,14 @@ class Quantize:
             ``refit``: with weights alone and GPTQ, fit layers to the original's outputs before they are rounded, one after another.
         equalize: try cross-layer equalization. ``smooth``: try smoothing the inputs of linear layers. ``correct``: correct biases.
         embeddings: quantize embedding tables too, one scale a row.
+        widths: bits to choose among for each weight, the ends and tables too (mixed precision), instead of ``bits``, so that the outputs lose
+            least under ``size``: a part of what the weights take at 8 bits, or bytes ('3 MB') of all weights with their scales; and under
+            ``bops``: a part of the bit operations (multiply-accumulates times bits of weight and activation) at 8 bits.
+            ``by``: each width's ``loss``, measured; or ``fisher``, estimated from derivatives, in less time.
+        keep: weights, or modules, that stay in float with the inputs of their layers, by name, ``*`` standing for anything.
 
-    Examples: ``quantize(bits=4, activation_bits=4, train=True)``; ``quantize(bits=4, group=32, tables=5, activations='none')``.
+    Examples: ``quantize(bits=4, activation_bits=4, train=True)``; ``quantize(bits=4, group=32, tables=5, activations='none')``;
+    ``quantize(widths=[4, 5, 6, 8], size=60%, keep=['classifier'])``.
     """
 
     activations: Literal["static", "dynamic", "none"] = "static"
@@ -89,6 +99,11 @@ class Quantize:
     levels: Levels | Literal["nf4"] = "uniform"
     train: bool | Training = False
     warmup_share: float = Field(default=1 / 3, ge=0, lt=1)
+    widths: tuple[Codes, ...] = ()
+    size: str | float | None = None
+    bops: float | None = Field(default=None, gt=0, le=1)
+    by: By = "loss"
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.activations == "dynamic" and self.activation_bits not in (None, 8):
@@ -110,6 +125,20 @@ class Quantize:
             )
         if self.rounding == "hqq" and (self.symmetric or self.kind != "none"):
             raise SpecError("quantize: rounding='hqq' places zero points; use symmetric=False with activations='none'.")
+        self._check_widths()
+
+    def _check_widths(self) -> None:
+        limits = [name for name in ("size", "bops") if getattr(self, name) is not None]
+        if self.size is not None:
+            size_limit(self.size, 1.0)
+        if limits and not self.widths:
+            raise SpecError(f"quantize: {limits[0]} came without widths; expected bits to choose among, e.g. widths=[2, 3, 4, 5, 6, 8].")
+        if len(set(self.widths)) > 1 and not limits:
+            raise SpecError(f"quantize: widths={list(self.widths)} came without a limit; expected size or bops, e.g. size=60%.")
+        if self.widths and (self.levels != "uniform" or self.bits != 8 or self.activations == "dynamic"):
+            raise SpecError("quantize: widths choose the bits of uniform levels, with static activations or none; leave bits, levels or dynamic out.")
+        if self.bops is not None and self.kind != "static":
+            raise SpecError("quantize: bops count products of integers; expected static activations, or size.")
 
     def __call__(self, network: Network, task: Task) -> Network:
         """The quantized network: the same function with fake quantizers in it, which a runtime's export turns into integers.
@@ -134,7 +163,7 @@ class Quantize:
             # Batch norms that training brings back know the channels as they were.
             keeps = self.plan is not None and self.warmup_share > 0 and _norms(original) > _norms(plain)
             plain = self._balanced(plain, pieces, judge, self.equalize and not keeps)
-            made = self._fitted(plain, pieces, judge)
+            made = self._fitted(plain, pieces, judge, self._mixed(plain, pieces, task))
         made.origin["quantized"] = self._told()
         if self.plan is not None:
             made = self._trained(made, plain, original, self.plan, task)
@@ -154,7 +183,7 @@ class Quantize:
     def is_plain(self) -> bool:
         """Whether weights are int8, all on the largest value's scale, so that no data is needed."""
         rows = self.levels == "uniform" and self.group is None and self.symmetric
-        return rows and self.bits == self.ends == 8 and self.tables in (None, 8)
+        return rows and set(self.widths) <= {8} and self.size is None and self.bits == self.ends == 8 and self.tables in (None, 8)
 
     @property
     def plan(self) -> Training | None:
@@ -162,15 +191,18 @@ class Quantize:
         return (Training() if self.train else None) if isinstance(self.train, bool) else self.train
 
     @property
-    def widths(self) -> Bits:
+    def counts(self) -> Bits:
         """The bits of everything."""
         return Bits(self.bits, self.activation_bits or 8, self.ends)
 
     def _told(self) -> str:
-        if self.is_plain and (self.kind == "none" or self.widths.activations == 8):
+        if self.widths:
+            among = ", ".join(map(str, sorted(set(self.widths))))
+            return f"weights of {among} bits, activations {self.kind if self.kind != 'static' else f'{self.counts.activations} bits'}"
+        if self.is_plain and (self.kind == "none" or self.counts.activations == 8):
             return f"int8 {self.kind}"
         weights = str(self._inner_format) if self.levels in ("uniform", "nf4") else self.levels
-        return f"weights {weights}, activations {self.kind if self.kind != 'static' else f'{self.widths.activations} bits'}, ends {self.ends} bits"
+        return f"weights {weights}, activations {self.kind if self.kind != 'static' else f'{self.counts.activations} bits'}, ends {self.ends} bits"
 
     # After training --------------------------------------------------------------------------------------------------------------
 
@@ -194,61 +226,51 @@ class Quantize:
 
     def _trial(self, network: Network, pieces: tuple[Pieces, Pieces], judge: Judge) -> float:
         placement = self._place(network)
-        measured = distributions(network, _spread(pieces[0], TRIAL_PIECES), _own(placement))
-        grids = _grids(self.widths.groups(network, placement))
-        return judge(self._build(network, placement, {node: _simple_range(found, grids[node]) for node, found in measured.items()}))
+        return judge(self._build(network, placement, plain_ranges(network, placement, self.counts, pieces[0]), {}))
 
-    def _fitted(self, plain: Network, pieces: tuple[Pieces, Pieces], judge: Judge) -> Network:
-        fit, held = pieces
+    def _fitted(self, plain: Network, pieces: tuple[Pieces, Pieces], judge: Judge, bits: Mapping[str, int]) -> Network:
         placement = self._place(plain)
         if not placement.layers:
             raise TaskError("The network has no convolution or linear layer with a constant weight: there is nothing to quantize.")
-        trials = [self._build(plain, placement, ranges) for ranges in self._ranges(plain, placement, fit, held)]
+        trials = [self._build(plain, placement, ranges, bits) for ranges in ranges_to_try(plain, placement, self.counts, pieces, self.ranges)]
         loss, best = min(((judge(trial), trial) for trial in trials), key=lambda pair: pair[0])
         solve = self.rounding == "gptq" and self.levels == "uniform"
         for improve, wanted, count in ((round_weights, solve, ROUNDING_PIECES), (correct_biases, self.correct, MEAN_PIECES)):
             if wanted:
                 improved = best.fork()
-                improve(plain, improved, _spread(fit, count))
+                improve(plain, improved, spread(pieces[0], count))
                 if (lower := judge(improved)) < loss:
                     loss, best = lower, improved
         return best
 
-    def _ranges(self, plain: Network, placement: Placement, fit: Pieces, held: Pieces) -> list[dict[fx.Node, Range]]:
-        """Ranges of all activations to choose between: the full ones, and those that each cause the least error."""
-        measured = distributions(plain, fit, _own(placement)) if placement.activations else {}
-        full: dict[fx.Node, Range] = {}
-        chosen: dict[fx.Node, Range] = {}
-        for grid, part in self.widths.groups(plain, placement):
-            options = {node: candidates(measured[node], grid, self.ranges) for node in _own(part)}
-            full |= {node: ranges[0] for node, ranges in options.items()}
-            chosen |= choose(plain, part.activations, options, _spread(held, TRIAL_PIECES), grid)
-        return [full, chosen] if "minmax" in self.ranges and placement.activations else [chosen]
-
     def _place(self, network: Network) -> Placement:
-        placement = place(network)
-        groups = self.widths.groups(network, placement) if self.kind == "static" else []
+        placement = without(place(network), self.keep)
+        groups = self.counts.groups(network, placement) if self.kind == "static" else []
         return replace(placement, activations=[point for _, part in groups for point in part.activations])
 
-    def _build(self, plain: Network, placement: Placement, ranges: dict[fx.Node, Range]) -> Network:
+    def _build(self, plain: Network, placement: Placement, ranges: dict[fx.Node, Range], bits: Mapping[str, int] | None) -> Network:
+        """Everything quantized; ``bits``: of single weights; None: weights stay as they are."""
         made = plain.fork()
         moved = placement.on(made)
         by_name = {node.name: bounds for node, bounds in ranges.items()}
-        for grid, part in self.widths.groups(made, moved):
-            quantize_activations(made, part, {node: by_name[node.name] for node in _own(part)}, grid)
-        self._quantize_weights(made, moved)
+        for grid, part in self.counts.groups(made, moved):
+            quantize_activations(made, part, {node: by_name[node.name] for node in own(part)}, grid)
+        if bits is not None:
+            self._quantize_weights(made, moved, bits)
+            made.origin |= {"bits": dict(bits)} if bits else {}
         made.recompile()
         return made
 
-    def _quantize_weights(self, network: Network, placement: Placement) -> None:
-        at_ends, inner = self.widths.parts(network, placement, self._is_wanted)
-        grids = self.widths.grids
-        if self.ends != FLOAT:
-            quantize_weights(network, at_ends, grids[0])
-        if self.levels == "uniform":
-            quantize_weights(network, inner, grids[1])
-        else:
+    def _quantize_weights(self, network: Network, placement: Placement, bits: Mapping[str, int]) -> None:
+        at_ends, inner = self.counts.parts(network, placement, self._is_wanted)
+        if self.levels != "uniform":
+            if self.ends != FLOAT:
+                quantize_weights(network, at_ends, weight_grid(self.ends))
             quantize_to_levels(network, inner, cast(Levels, self.levels))
+            return
+        for count, points in self.counts.shares(network, placement, self._is_wanted, bits).items():
+            if count != FLOAT:
+                quantize_weights(network, points, weight_grid(count))
 
     def _is_wanted(self, point: WeightPoint) -> bool:
         return self.embeddings or not all(user.target is aten.embedding.default for user in point.node.users)
@@ -259,37 +281,57 @@ class Quantize:
     def _inner_format(self) -> Format:
         return Format(4 if self.levels == "nf4" else self.bits, self.group, self.symmetric, "nf4" if self.levels == "nf4" else "uniform")
 
-    def _formats(self, network: Network, placement: Placement) -> dict[str, Format]:
+    def _mixed(self, plain: Network, pieces: tuple[Pieces, Pieces], task: Task) -> dict[str, int]:
+        """The bits of each weight, where ``widths`` leaves a choice."""
+        if not self.widths:
+            return {}
+        placement = self._place(plain)
+        shell = plain
+        if self.kind == "static":
+            shell = settle(self._build(plain, placement, plain_ranges(plain, placement, self.counts, pieces[0]), None))
+        points = [point for point in placement.weights if self._is_wanted(point)]
+        ways = {bits: replace(self._inner_format, bits=bits) for bits in sorted(set(self.widths))}
+        layers = self.counts.of_inputs(plain, placement) if self.bops is not None else {}
+        amount = amount_of(plain, points, self.size, self.bops, layers)
+        data = Data(*pieces)
+        return choose_bits(plain, shell, points, ways, amount, data, self.by, self.rounding == "gptq", task.progress)
+
+    def _formats(self, network: Network, placement: Placement, bits: Mapping[str, int]) -> dict[str, Format]:
         """The format of each weight; of ends and tables with 8 bits one scale a row."""
-        at_ends, inner = self.widths.parts(network, placement, self._is_wanted)
+        if bits:
+            return {name: replace(self._inner_format, bits=count) for name, count in bits.items()}
+        at_ends, inner = self.counts.parts(network, placement, self._is_wanted)
         tables = {node.args[0] for node in network.graph.nodes if node.target is aten.embedding.default}
         formats = {str(point.node.target): self._inner_format for point in inner}
         for point in at_ends:
-            bits = self.tables if self.tables is not None and point.node in tables else self.ends
-            if bits != FLOAT:
-                formats[str(point.node.target)] = Format(8) if bits == 8 else Format(bits, self.group, self.symmetric)
+            count = self.tables if self.tables is not None and point.node in tables else self.ends
+            if count != FLOAT:
+                formats[str(point.node.target)] = Format(8) if count == 8 else Format(count, self.group, self.symmetric)
         return formats
 
     def _weights_alone(self, plain: Network, task: Task) -> Network:
-        placement = place(plain)
-        formats = self._formats(plain, placement)
+        placement = self._place(plain)
+        pieces = self._split(plain, task) if self.rounding == "gptq" or self.widths else None
+        bits = self._mixed(plain, pieces, task) if pieces else {}
+        formats = self._formats(plain, placement, bits)
         if not formats:
             raise TaskError("The network has no convolution, linear layer or table with a constant weight: there is nothing to quantize.")
-        if self.rounding != "gptq":
+        plain.origin |= {"bits": bits} if bits else {}
+        if self.rounding != "gptq" or pieces is None:
             return quantize_weight_only(plain, placement, formats, self.rounding, None)
-        data = Data(*self._split(plain, task))
+        data = Data(*pieces)
         ways = [quantize_weight_only(plain, placement, formats, "nearest", None)]
         ways += [quantize_weight_only(plain, placement, formats, "gptq", data, self.refit, task.progress)]
         return min(ways, key=Judge(plain, data.held, settle))
 
     def _without_data(self, plain: Network) -> Network:
-        placement = place(plain)
+        placement = self._place(plain)
         if self.kind == "dynamic":
             linear = [layer for layer in placement.layers if layer.target is aten.linear.default]
             if not linear:
                 raise TaskError("The network has no linear layer; dynamic quantization is for those: use quantize(activations='static').")
             quantize_dynamically(plain, placement, linear)
-        self._quantize_weights(plain, placement)
+        self._quantize_weights(plain, placement, {})
         plain.recompile()
         return plain
 
@@ -297,7 +339,7 @@ class Quantize:
 
     def _trained(self, made: Network, plain: Network, original: Network, plan: Training, task: Task) -> Network:
         """The quantized network with weights, steps and zero points trained: first with its batch norms, then with them folded."""
-        _, inner = self.widths.parts(plain, self._place(plain), self._is_wanted)
+        _, inner = self.counts.parts(plain, self._place(plain), self._is_wanted)
         levels: dict[str, Levels] = {str(point.node.target): cast(Levels, self.levels) for point in inner} if self.levels != "uniform" else {}
         student = learnable(made, plain, levels)
         norms = unfold(student, original) if self.warmup_share else []
@@ -315,26 +357,8 @@ def _equalized(network: Network, pieces: tuple[Pieces, Pieces]) -> int:
 
 
 def _smoothed(network: Network, pieces: tuple[Pieces, Pieces]) -> int:
-    return smooth(network, place(network), _spread(pieces[0], ROUNDING_PIECES), _spread(pieces[1], TRIAL_PIECES))
-
-
-def _simple_range(distribution: Distribution, grid: Grid) -> Range:
-    """The full range, or, where there are few codes, the one with the least squared error."""
-    return (distribution.low, distribution.high) if grid == UINT8 else mean_squared_error(distribution, grid)
+    return smooth(network, place(network), spread(pieces[0], ROUNDING_PIECES), spread(pieces[1], TRIAL_PIECES))
 
 
 def _norms(network: Network) -> int:
     return sum(node.target is aten.batch_norm.default for node in network.graph.nodes)
-
-
-def _spread(pieces: Pieces, count: int) -> Pieces:
-    """At most ``count`` of the pieces, evenly over the data."""
-    return pieces[:: max(1, -(-len(pieces) // count))]
-
-
-def _own(placement: Placement) -> list[fx.Node]:
-    return [point.node for point in placement.activations if point.like is None]
-
-
-def _grids(groups: list[tuple[Grid, Placement]]) -> dict[fx.Node, Grid]:
-    return {node: grid for grid, part in groups for node in _own(part)}

@@ -1,0 +1,185 @@
+"""Mixed precision: how many bits each weight gets under a limit, so that the outputs lose least.
+
+What every width of every weight costs the outputs is measured, the widths of least summed loss under the limits are found by an integer
+program, and then exchanged as long as the true loss of the whole network falls: losses do not quite add up.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import fx
+
+from ..errors import AllocationError, TaskError
+from ..network.cost import COUNTED
+from ..network.judge import Judge
+from ..network.network import Network
+from ..network.packed import OPERATORS_TAKE
+from ..network.statistics import Hook, walk
+from ..numerics.allocation import Choice, Limit, Term, allocate
+from ..progress import Progress
+from ..target import parse_fraction, parse_size, show_size
+from .exchange import Budget, exchanged
+from .formats import Format
+from .placement import WeightPoint
+from .sensitivities import Change, changed, fisher, format_at, losses, matrix_shape, nearest_changes
+from .solving import solved_changes
+from .weight_only import Data
+
+By = Literal["loss", "fisher"]
+# Pieces to solve weights on, and to measure each width by; and how many exchanges of widths are tried.
+SOLVING_PIECES, MEASURING_PIECES, TRIALS = 40, 8, 32
+
+
+@dataclass(frozen=True)
+class Amount:
+    """What may be used at most: ``bytes`` of weights with their scales, packed; ``operations``, multiply-accumulates times the bits of both
+    factors, of which one bit of a weight is ``per_bit``, by name."""
+
+    bytes: float | None = None
+    operations: float | None = None
+    per_bit: Mapping[str, float] = field(default_factory=dict)
+
+
+def size_limit(size: str | float, at_8_bits: float) -> float:
+    """Bytes from text with a unit, a number of bytes above 1, or a part of what the weights take at 8 bits.
+
+    Raises:
+        TargetError: it is neither.
+    """
+    if isinstance(size, str) and not size.strip().endswith("%"):
+        return float(parse_size(size))
+    value = parse_fraction(size, "size")
+    return value if value > 1 and not isinstance(size, str) else value * at_8_bits
+
+
+def stored_bytes(rows: int, columns: int, wanted: Format) -> float:
+    """What a weight takes in a file, packed where that makes the file smaller: unpacked codes take a byte each."""
+    packed = wanted.bytes(rows, columns)
+    saved = rows * columns * (8 - wanted.bits) / 8
+    return packed if saved > OPERATORS_TAKE else packed + saved
+
+
+def bytes_at_8_bits(network: Network, points: Sequence[WeightPoint]) -> float:
+    """What the weights take with 8 bits and a scale a row."""
+    return sum(Format(8).bytes(*matrix_shape(network.tensor(str(point.node.target)), point)) for point in points)
+
+
+def amount_of(network: Network, points: Sequence[WeightPoint], size: str | float | None, bops: float | None, layers: Mapping[fx.Node, int]) -> Amount:
+    """What ``size`` (see :func:`size_limit`) and ``bops``, a part of the operations at 8 bits, allow; ``layers``: the bits of their inputs."""
+    most = None if size is None else size_limit(size, bytes_at_8_bits(network, points))
+    if bops is None:
+        return Amount(most)
+    macs, names = _macs(network), {str(point.node.target) for point in points}
+    per_bit, whole = dict.fromkeys(names, 0.0), 0.0
+    for layer, bits in layers.items():
+        for name in names & {str(source.target) for source in layer.all_input_nodes if source.op == "get_attr"}:
+            per_bit[name] += macs[layer] * bits
+            whole += macs[layer] * 8 * 8
+    return Amount(most, bops * whole, per_bit)
+
+
+def _macs(network: Network) -> dict[fx.Node, int]:
+    """The multiply-accumulates of each layer at the example's sizes."""
+    found: dict[fx.Node, int] = {}
+    hooks: dict[fx.Node, Hook] = {
+        node: lambda args, value, node=node: found.__setitem__(node, COUNTED[node.target](args, value))
+        for node in network.graph.nodes
+        if node.target in COUNTED
+    }
+    walk(network, [torch.zeros(port.example, dtype=port.dtype) for port in network.ports], hooks)
+    return found
+
+
+def choose_bits(
+    network: Network,
+    shell: Network,
+    points: Sequence[WeightPoint],
+    ways: Mapping[int, Format],
+    amount: Amount,
+    data: Data,
+    by: By = "loss",
+    solve: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, int]:
+    """The bits of each weight with the least loss of the held-back outputs.
+
+    Args:
+        network: the float network. shell: what will run, but with weights in float: its activations may be quantized.
+        points: the weights. ways: the formats to choose among, by bits.
+        by: what a width costs: ``loss``, measured with each alone; ``fisher``, estimated from derivatives.
+        solve: weights are rounded by GPTQ, else to nearest.
+
+    Raises:
+        AllocationError: the amount is less than the fewest bits take; the message says how much that is.
+        TaskError: there is no weight.
+    """
+    if not points:
+        raise TaskError("The network has no weight to quantize: there is nothing to choose bits for.")
+    names, widths = [str(point.node.target) for point in points], list(ways)
+    budgets = _budgets(network, points, ways, amount)
+    if len(widths) == 1:
+        return dict.fromkeys(names, widths[0])
+    formats = dict.fromkeys(names, ways)
+    changes = nearest_changes(network, points, formats)
+    measure = _spread(data.held, MEASURING_PIECES)
+    found = fisher(network, measure, changes) if by == "fisher" else {}
+    if solve:
+        rowwise = {str(point.node.target): ways for point in points if point.axis == 0}
+        changes |= solved_changes(network, rowwise, _spread(data.fit, SOLVING_PIECES), progress)
+    found = found or losses(network, measure, changes, progress)
+    errors = [[found.get(name, {}).get(bits, 0.0) for bits in widths] for name in names]
+    limits = [Limit(one.name, one.most, tuple(Term((i,), np.asarray(costs)) for i, costs in enumerate(one.costs))) for one in budgets]
+    first = allocate([Choice(name, tuple(row)) for name, row in zip(names, errors, strict=True)], limits).levels
+    loss = _whole_loss(network, shell, data, [[changes[name][bits] for bits in widths] for name in names])
+    levels, _, _ = exchanged(first, errors, budgets, loss, TRIALS, progress)
+    return {name: widths[level] for name, level in zip(names, levels, strict=True)}
+
+
+def _budgets(network: Network, points: Sequence[WeightPoint], ways: Mapping[int, Format], amount: Amount) -> list[Budget]:
+    """What each width of each weight takes of what is limited."""
+    found = []
+    if amount.bytes is not None:
+        shapes = [matrix_shape(network.tensor(str(point.node.target)), point) for point in points]
+        costs = [[stored_bytes(*shape, format_at(point, wanted)) for wanted in ways.values()] for point, shape in zip(points, shapes, strict=True)]
+        found.append(_reachable(Budget("size", amount.bytes, costs), bytes_at_8_bits(network, points), show_size))
+    if amount.operations is not None:
+        each = [amount.per_bit.get(str(point.node.target), 0.0) for point in points]
+        costs = [[operations * bits for bits in ways] for operations in each]
+        found.append(_reachable(Budget("bops", amount.operations, costs), 8 * sum(each), lambda value, up: f"{value:.4g} bit operations"))
+    return found
+
+
+def _reachable(budget: Budget, at_8_bits: float, show: Callable[..., str]) -> Budget:
+    least = sum(min(costs) for costs in budget.costs)
+    if least > budget.most:
+        raise AllocationError(
+            f"quantize: {budget.name} of at most {show(budget.most, up=False)} cannot be reached: with the fewest bits of widths all weights take "
+            f"{show(least, up=True)}, {least / max(at_8_bits, 1e-30):.3f} of what they take at 8 bits; allow more, or fewer bits."
+        )
+    return budget
+
+
+def _whole_loss(network: Network, shell: Network, data: Data, ways: Sequence[Sequence[Change]]) -> Callable[[Sequence[int]], float]:
+    """The loss of the network with all weights at these levels."""
+    judge, trial = Judge(network, data.held), shell.fork()
+
+    def loss(levels: Sequence[int]) -> float:
+        with ExitStack() as stack:
+            for changes, level in zip(ways, levels, strict=True):
+                stack.enter_context(changed(trial, changes[level]))
+            return judge(trial)
+
+    return loss
+
+
+def _spread(pieces: Sequence[list], count: int) -> Sequence[list]:
+    """At most ``count`` of the pieces, evenly over the data."""
+    return pieces[:: max(1, -(-len(pieces) // count))]
