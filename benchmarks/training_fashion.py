@@ -11,10 +11,10 @@ from typing import Any
 
 import fashion
 import torch
+from rows import Row, measured
 from safetensors.torch import load_file, save_file
 from torch import nn
 from training_data import FashionTraining, fashion_calibration, fashion_validation
-from training_rows import Row, measured
 
 from downsize.network.capture import capture
 from downsize.network.network import Network

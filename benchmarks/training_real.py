@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import texts
 from pruning_models import SUBJECTS, Subject, recorded
+from rows import Row, measured
 from training_data import crop_batches, sentence_batches
-from training_rows import Row, measured
 
 from downsize.network.capture import capture
 from downsize.network.network import Network
