@@ -1,0 +1,129 @@
+"""Quantization of real models: all-MiniLM-L6-v2 and EfficientNet-Lite0, beside what other tools make of the same float file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pruning_models import SUBJECTS, Subject, recorded
+from rows import Quality, Row
+from training_data import sentence_batches
+
+from downsize.network.capture import capture
+from downsize.network.network import Network
+from downsize.network.onnx_file import write
+from downsize.progress import Progress
+from downsize.runtimes import open_artifact
+from downsize.task import Task
+from downsize.techniques.quantize import Quantize
+
+KEPT = Path(__file__).parent.parent / "runs" / "quantization"
+Predict = Callable[[Any], Any]
+
+
+def task_of(subject: Subject) -> Task:
+    start = subject.start()
+    assert start.model is not None
+    return Task(start.model, start.example, {"calibrate": start.calibrate, "train": sentence_batches}, progress=Progress())
+
+
+def judge_of(task: Task, subject: Subject) -> Callable[[Any], Quality]:
+    """The subject's figures of a written file, or of a network that is written first, in ONNX Runtime; with its bytes."""
+
+    def judge(made: Any) -> Quality:
+        if isinstance(made, Network):
+            with tempfile.TemporaryDirectory() as folder:
+                write(made, Path(folder, "model.onnx"))
+                return judge(Path(folder, "model.onnx"))
+        return {"MB": made.stat().st_size / 1e6} | quality(open_artifact(made, "onnxruntime", 1))
+
+    def quality(predict: Predict) -> Quality:
+        found: Quality = {}
+        for role, batches in subject.judged.items():
+            expected, came, known = [], [], []
+            for inputs, classes, wanted in recorded(task.model, batches()):
+                expected.append(wanted)
+                came.append(np.asarray(predict(inputs)))
+                known.append(classes)
+            found |= {f"{name}, {role}": value for name, value in subject.quality(expected, came, known).items()}
+        return found
+
+    return judge
+
+
+def minilm(seed: int) -> Iterator[Row]:
+    """all-MiniLM-L6-v2: the whole file, judged on held-back sentences, and on licences and package descriptions, which nothing was fitted on."""
+    subject = SUBJECTS["minilm"]
+    task = task_of(subject)
+    judge, original = judge_of(task, subject), capture(task.model, task.example, more=task.variations())
+    yield Row("float", lambda: original, judge)
+    for name, technique in {
+        "8 bits, static": Quantize(samples=subject.samples),
+        "4 bits, a scale for 32 columns": Quantize(bits=4, tables=4, group=32, symmetric=False, activations="none", samples=subject.samples),
+        "4 bits, a scale for 128 columns": Quantize(bits=4, tables=4, group=128, symmetric=False, activations="none", samples=subject.samples),
+        "3 bits, a scale for 32 columns": Quantize(bits=3, tables=3, group=32, symmetric=False, activations="none", samples=subject.samples),
+        "to nearest: 4 bits, a scale for 32 columns": Quantize(bits=4, tables=4, group=32, symmetric=False, activations="none", rounding="nearest"),
+    }.items():
+        yield Row(name, lambda technique=technique: technique(original, task), judge)
+    yield from peers(original, task, judge)
+
+
+def peers(original: Network, task: Task, judge: Callable[[Any], Quality]) -> Iterator[Row]:
+    """The tools that pack weights of ONNX files: onnxruntime.quantization (to nearest and HQQ) and nncf, on the float file of downsize."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    plain = KEPT / "minilm-float.onnx"
+    write(original, plain)
+    for name, make in {
+        "onnxruntime.quantization: 4 bits to nearest, 32": lambda file: onnxruntime_blocks(plain, file, "nearest", 32),
+        "onnxruntime.quantization: 4 bits HQQ, 32": lambda file: onnxruntime_blocks(plain, file, "hqq", 32),
+        "onnxruntime.quantization: 4 bits to nearest, 128": lambda file: onnxruntime_blocks(plain, file, "nearest", 128),
+        "nncf: 4 bits, scale estimation, 32": lambda file: nncf_compressed(plain, file, task, 32),
+    }.items():
+        file = KEPT / f"{name.replace(':', '').replace(',', '').replace(' ', '-')}.onnx"
+        yield Row(name, lambda make=make, file=file: make(file), judge)
+
+
+def onnxruntime_blocks(plain: Path, file: Path, method: str, group: int) -> Path:
+    """Products and tables in 4 bits by ``onnxruntime.quantization.matmul_nbits_quantizer``; what it has for tables is rounding to nearest."""
+    import onnx
+    from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+
+    def quantized(model: Any, config: Any) -> Any:
+        made = nbits.MatMulNBitsQuantizer(model, algo_config=config)
+        made.process()
+        wrapped: Any = made.model
+        return wrapped.model
+
+    model = onnx.load(plain)
+    if method == "hqq":
+        model = quantized(model, nbits.HQQWeightOnlyQuantConfig(block_size=group, bits=4))
+    operators = ("Gather",) if method == "hqq" else ("MatMul", "Gather")
+    config = nbits.DefaultWeightOnlyQuantConfig(block_size=group, is_symmetric=False, accuracy_level=0, op_types_to_quantize=operators)
+    onnx.save(quantized(model, config), file)
+    return file
+
+
+def nncf_compressed(plain: Path, file: Path, task: Task, group: int) -> Path:
+    """Asymmetric 4 bits with scale estimation on 128 batches of the calibration data, all layers and tables."""
+    import itertools
+
+    import nncf  # pyright: ignore[reportMissingImports]  (a peer, not a dependency)
+    import onnx
+
+    samples = [{name: np.asarray(value) for name, value in inputs.items()} for inputs, _ in itertools.islice(task.batches("calibrate"), 128)]
+    made = nncf.compress_weights(
+        onnx.load(plain),
+        mode=nncf.CompressWeightsMode.INT4_ASYM,
+        group_size=group,
+        all_layers=True,
+        scale_estimation=True,
+        dataset=nncf.Dataset(samples),
+    )
+    onnx.save(made, file)
+    return file
+
+
+CASES = {"minilm": minilm}
