@@ -231,7 +231,7 @@ def test_no_steps_change_nothing_and_equal_seeds_give_equal_networks():
     assert once != made(Reconstruction(steps=20, seed=1))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_with_quantized_activations_steps_are_learned_and_the_file_computes_what_was_simulated(bits):
     model = bottlenecks()
     network = Quantize(bits=3, activation_bits=bits, rounding="nearest", equalize=False, correct=False)(capture(model, IMAGE), task_of(model, IMAGE))
@@ -252,7 +252,7 @@ def test_with_quantized_activations_steps_are_learned_and_the_file_computes_what
     loaded_equals_live(network, x)
 
 
-def test_a_shared_weight_and_one_that_is_not_quantized_stay():
+def test_a_shared_weight_stays():
     shared = Net(lambda net, x: nn.functional.linear(torch.relu(nn.functional.linear(x, net.w)), net.w), w=weight(6, 6))
     example = torch.randn(4, 6)
     reference = plain(shared, example)
@@ -263,3 +263,15 @@ def test_a_shared_weight_and_one_that_is_not_quantized_stay():
     fit = pieces(reference, example, range(4))
     reconstruct(reference, network, fit, fit, FEW)
     assert network.fingerprint() == old
+
+
+def test_weights_that_are_not_quantized_stay_and_get_no_gradients():
+    reference = plain(bottlenecks(), IMAGE)
+    network = reference.fork()
+    quantize_weights(network, [point for point in place(network).weights if point.node.target == "inner.weight"], weight_grid(3))
+    network.recompile()
+    old, fit = tensors(network), pieces(reference, IMAGE, range(4))
+    reconstruct(reference, network, fit, fit, FEW)
+    new = tensors(network)
+    assert {name for name in old if not torch.equal(old[name], new[name])} == {"inner.weight", "inner.bias"}
+    assert all(parameter.grad is None for parameter in [*reference.parameters(), *network.parameters()])

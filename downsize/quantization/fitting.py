@@ -137,7 +137,7 @@ class Fitting:
     def _constant(self, node: fx.Node) -> Any:
         """The value of a node outside, which is a constant or computed from constants."""
         if node.op == "get_attr":
-            return self.network.tensor(str(node.target))
+            return self.network.tensor(str(node.target)).detach()
         if node not in self._constants:
             with torch.no_grad():
                 args, kwargs = fx.map_arg((node.args, node.kwargs), self._constant)
