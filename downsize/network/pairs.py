@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, fx
 
 from ..numerics.refit import Moments
@@ -15,6 +16,8 @@ from .frontier import Frontier
 from .goals import Goal
 from .rewrite import aten
 
+# So many positions are added to the moments at a time.
+POSITIONS = 2048
 # A layer is right when its output is off by less than this, relative to what it is compared in.
 UNCHANGED = 1e-6
 
@@ -60,10 +63,23 @@ def moments(layer: fx.Node, weight: Tensor, data: Pairs, fitted: int) -> tuple[M
     """Of the first ``fitted`` pieces, and of the others."""
     groups, rows, columns = weight.shape
     both = Moments.zero(groups, rows, columns), Moments.zero(groups, rows, columns)
+    waiting: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = [], []
     for number, sample in enumerate(data):
         args = (sample.x, data.smaller.network.tensor(str(layer.args[1].target)))
         x, y = input_rows(layer, args, groups, number), output_rows(layer, sample.target, groups, number)
         if sample.real is not None:
             x, y = x[:, :, sample.real.reshape(-1)], y[:, :, sample.real.reshape(-1)]
-        both[number >= fitted].add(x, y)
+        part = number >= fitted
+        waiting[part].append((x, y))
+        if sum(one.shape[2] for one, _ in waiting[part]) >= POSITIONS:
+            _take(both[part], waiting[part])
+    for part in (0, 1):
+        _take(both[part], waiting[part])
     return both
+
+
+def _take(moments: Moments, waiting: list[tuple[Tensor, Tensor]]) -> None:
+    """Several pieces at once: adding to a Gram matrix takes as long as many positions do."""
+    if waiting:
+        moments.add(torch.cat([x for x, _ in waiting], 2), torch.cat([y for _, y in waiting], 2))
+        waiting.clear()
