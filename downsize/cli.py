@@ -135,16 +135,30 @@ def inspect(
     depth: Annotated[int, typer.Option("--depth", min=1, help="Levels of module names to show; deeper ones are summed up.")] = 99,
     time: Annotated[bool, typer.Option(help="Also export it and measure where the time goes.")] = True,
     length: Length = 128,
+    sensitivity: Annotated[bool, typer.Option("--sensitivity", help="Instead show what fewer bits of each weight and input would cost.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="With --sensitivity: estimate it from derivatives.")] = False,
 ) -> None:
     """Show where the parameters, MACs, bytes and milliseconds are, layer by layer under your module names.
 
-    Operators whose MACs were not counted, and time that belongs to no layer, have rows of their own.
+    Operators whose MACs were not counted, and time that belongs to no layer, have rows of their own. With --sensitivity, which needs a task:
+    what the layer and the network's outputs lose at 8 to 2 bits, and for large losses the reason and what would mend it.
     """
+    if sensitivity:
+        _sensitivity(what, fast)
+        return
     target = _target(locals())
     from .inspection import look
     from .tables import inspection_table
 
     _out().print(inspection_table(look(what, target, depth, time, length)))
+
+
+def _sensitivity(what: str, fast: bool) -> None:
+    from .progress import Progress
+    from .sensitivity import sensitivity
+    from .tables import sensitivity_table
+
+    _out().print(sensitivity_table(sensitivity(what, "fisher" if fast else "loss", Progress())))
 
 
 @app.command(epilog="Example:  downsize measure runs/photos/model.onnx --task examples/photos.py --baseline runs/photos/baseline.onnx")

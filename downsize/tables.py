@@ -15,6 +15,7 @@ from .target import show
 
 if TYPE_CHECKING:
     from .inspection import Inspection, Layer
+    from .quantization.diagnosis import Sensitivity
     from .runtimes import Runtime
 
 GRIDS = ("QuantizeLinear", "DequantizeLinear")  # they are fused away; shown only where a layer has nothing else
@@ -109,3 +110,19 @@ def _layer_cells(layer: Layer, seconds: float) -> list[str]:
     time, share = ("-", "") if layer.seconds is None else (f"{layer.seconds * 1e3:.3f}", f"{layer.seconds / seconds:.1%}" if seconds else "")
     operators = [name for name in layer.operators if name not in GRIDS] or layer.operators
     return [layer.module, ", ".join(operators), f"{layer.parameters:,}", macs, f"{layer.bytes:,}", time, share]
+
+
+def sensitivity_table(found: Iterable[Sensitivity]) -> Group:
+    """One row for each weight: what the layer and what the outputs lose at each width; and below the reasons of large losses."""
+    rows = list(found)
+    widths = list(rows[0].loss) if rows else []
+    inputs = list(next((row.inputs for row in rows if row.inputs), {}))
+    table = Table("weight", "operator", box=box.SIMPLE)
+    for name in (*(f"net {bits}b" for bits in widths), *(f"layer {bits}b" for bits in widths), *(f"input {bits}b" for bits in inputs)):
+        table.add_column(name, justify="right")
+    for row in rows:
+        numbers = [row.loss.get(bits) for bits in widths] + [row.output.get(bits) for bits in widths] + [row.inputs.get(bits) for bits in inputs]
+        table.add_row(row.weight, row.operator, *("-" if number is None else f"{number:.2g}" for number in numbers))
+    reasons = [Text(f"{row.weight}: {reason}") for row in rows for reason in row.reasons]
+    told = "What is lost, as a part of the squares: by the outputs of the net, and of the layer, with one weight, or one input, in fewer bits."
+    return Group(table, Text(told), *reasons)

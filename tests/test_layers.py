@@ -24,7 +24,7 @@ LAYERS = (
     ("techniques/",),
     ("runtimes/",),
     ("measure/",),
-    ("lock", "recipe", "engine", "bench", "candidates", "planner", "inspection"),
+    ("lock", "recipe", "engine", "bench", "candidates", "planner", "inspection", "sensitivity"),
     ("tables", "testing", "cli", "__init__"),
 )
 WITHOUT_TORCH = (
