@@ -47,7 +47,7 @@ WAYS = [
 ALL = pytest.mark.slow
 FILES = [
     *((name, "", [ALL] if name not in ("odd columns", "odd table") else []) for name in LAYERS),
-    *((name, "onnxruntime", [ALL]) for name in ("linear", "tied")),
+    *((name, "onnxruntime", [ALL]) for name in ("linear", "tied", "table", "odd table")),
     *((name, "openvino", [needs_openvino, ALL]) for name in ("linear", "odd columns", "tied")),
 ]
 
@@ -135,6 +135,7 @@ def test_each_weight_is_decoded_where_it_is_said(tmp_path, monkeypatch):
         write(network, tmp_path / "model.onnx", runtime)
         nodes = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
         assert nodes.count("MatMulNBits") == (1 if second == "in the kernel" else 0)
+        assert nodes.count("GatherBlockQuantized") == (1 if runtime == "onnxruntime" else 0)
     monkeypatch.undo()
     assert {one.when for one in decodings(network, "onnxruntime")} == {"at run", "at load"}  # too small to gain by its kernel
 

@@ -261,8 +261,8 @@ def test_a_technique_whose_file_computes_something_else_fails(monkeypatch):
     network, task = setting()
     real = write
 
-    def other(made, path):
-        real(nudged(made, "2.bias", 0.5), path)
+    def other(made, path, runtime):
+        real(nudged(made, "2.bias", 0.5), path, runtime)
 
     monkeypatch.setattr("downsize.network.onnx_file.write", other)
     with pytest.raises(AssertionError, match="from the same codes outputs differ by"):

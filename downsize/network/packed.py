@@ -2,7 +2,7 @@
 
 Vocabulary, beside that of ``lower.py``; each has its meaning here and its ONNX form in ``packed_onnx.py``: ``unpack`` (packed bits to codes),
 ``packed_rows`` (rows of a packed table), ``decode`` (codes to floats, one scale along an axis), ``decode_groups`` (the same in groups of
-columns), ``group_linear`` (a product that a kernel computes from packed bits).
+columns), ``group_linear`` and ``group_rows`` (a product, and rows of a table, that a runtime's own operator computes from packed bits).
 """
 
 from __future__ import annotations
@@ -140,6 +140,22 @@ def group_linear(x: Tensor, bits: Tensor, scale: Tensor, zero_point: Tensor | No
 @group_linear.register_fake
 def _(x: Tensor, bits: Tensor, scale: Tensor, zero_point: Tensor | None, width: int, group: int) -> Tensor:
     return x.new_empty([*x.shape[:-1], bits.shape[0]])
+
+
+@torch.library.custom_op("downsize::group_rows", mutates_args=())
+def group_rows(bits: Tensor, scale: Tensor, zero_point: Tensor | None, index: Tensor, width: int, group: int) -> Tensor:
+    """Rows ``index`` of a table, decoded by the operator that reads them: float32 [*index, columns].
+
+    ``bits``: uint8 [rows, columns * width / 8]. ``scale``: [rows, groups]. ``zero_point``: as for :func:`group_linear`.
+    """
+    rows, groups = scale.shape
+    zero = torch.full((rows, groups), 2 ** (width - 1)) if zero_point is None else numbers_of(zero_point, width, groups)
+    return decode_groups(numbers_of(bits[index], width, bits.shape[1] * 8 // width), scale[index], zero[index], group)
+
+
+@group_rows.register_fake
+def _(bits: Tensor, scale: Tensor, zero_point: Tensor | None, index: Tensor, width: int, group: int) -> Tensor:
+    return scale.new_empty([*index.shape, bits.shape[1] * 8 // width], dtype=torch.float32)
 
 
 def stored_scale(scale: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ _PACKED_ROWS = _unknown_operator("PackedRows", 2, "rank", "index_rank")
 _DECODE = _unknown_operator("Decode", 3, "behind")
 _DECODE_GROUPS = _unknown_operator("DecodeGroups", 3, "group", "groups", "columns", "rank")
 _GROUP_LINEAR = _unknown_operator("GroupLinear", 4, "width", "group", "rows", "blocks", "columns")
+_GROUP_ROWS = _unknown_operator("GroupRows", 4, "width", "group")
 
 
 def _unpack(bits, table, width, columns):
@@ -71,12 +72,17 @@ def _group_linear(x, bits, scale, zero_point, width, group):
     return _GROUP_LINEAR(x, bits, scale, zero_point, width=width, group=group, **sizes)
 
 
+def _group_rows(bits, scale, zero_point, index, width, group):
+    return _GROUP_ROWS(bits, index, scale, zero_point, width=width, group=group)
+
+
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     ours.unpack.default: _unpack,
     ours.packed_rows.default: _packed_rows,
     ours.decode.default: _decode,
     ours.decode_groups.default: _decode_groups,
     ours.group_linear.default: _group_linear,
+    ours.group_rows.default: _group_rows,
 }
 
 
@@ -213,10 +219,19 @@ def _spell_group_linear(
     return write("MatMulNBits", *inputs, domain=MICROSOFT, **sizes)
 
 
+def _spell_group_rows(
+    write: _Writer, bits: ir.Value, index: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, *, width: int, group: int
+) -> ir.Value:
+    inputs = [bits, index, write.floats(scale)] + ([] if zero_point is None else [zero_point])
+    sizes = {"gather_axis": 0, "quantize_axis": 1, "bits": width, "block_size": group}
+    return write("GatherBlockQuantized", *inputs, domain=MICROSOFT, **sizes)
+
+
 SPELLINGS: dict[str, Callable[..., ir.Value]] = {
     "Unpack": _spell_unpack,
     "PackedRows": _spell_packed_rows,
     "Decode": _spell_decode,
     "DecodeGroups": _spell_decode_groups,
     "GroupLinear": _spell_group_linear,
+    "GroupRows": _spell_group_rows,
 }
