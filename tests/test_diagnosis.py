@@ -142,7 +142,8 @@ def test_reasons_name_what_was_put_there() -> None:
     (reason,) = diagnosed(outlier, torch.randn(4, 128))["0.weight"][:1]
     far = float((weight.abs().amax(1) / weight.square().mean(1).sqrt()).median())
     assert f"the largest weight of a row is {far:.0f} times" in reason and "group=32 leaves the layer" in reason, reason
-    depthwise = Net(lambda net, x: net.b(torch.relu(net.a(x))), a=conv(3, 8), b=conv(8, 8, groups=8))
+    depthwise = Net(lambda net, x: net.b(torch.relu(net.a(x))), a=conv(3, 8), b=conv(8, 8, groups=8, bias=False))
+    torch.nn.init.normal_(depthwise.b.weight)
     (reason,) = diagnosed(depthwise, IMAGE)["b.weight"][:1]
     assert "a row has only 9 weights" in reason
 

@@ -190,7 +190,7 @@ def test_exchanges_find_what_the_estimate_missed() -> None:
         best_before += before == min(map(loss, every))
     assert improved >= 3 and best > best_before
     tried = []
-    exchanged((0,) * 5, [[3.0, 2.0, 1.0]] * 5, [budget], lambda each: tried.append(each) or float(sum(each)), trials=3)
+    exchanged((0,) * 5, [[3.0, 2.0, 1.0]] * 5, [budget], lambda each: tried.append(each) or -float(sum(each)), trials=3)
     assert len(tried) == 4 and len(set(tried)) == 4
 
 

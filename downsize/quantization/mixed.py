@@ -29,7 +29,7 @@ from ..target import parse_fraction, parse_size, show_size
 from .exchange import Budget, exchanged
 from .formats import Format
 from .placement import WeightPoint
-from .sensitivities import Change, changed, fisher, format_at, losses, matrix_shape, nearest_changes
+from .sensitivities import Change, Changes, Found, changed, fisher, format_at, losses, matrix_shape, nearest_changes
 from .solving import solved_changes
 from .weight_only import Data
 
@@ -127,20 +127,27 @@ def choose_bits(
     budgets = _budgets(network, points, ways, amount)
     if len(widths) == 1:
         return dict.fromkeys(names, widths[0])
-    formats = dict.fromkeys(names, ways)
-    changes = nearest_changes(network, points, formats)
-    measure = _spread(data.held, MEASURING_PIECES)
-    found = fisher(network, measure, changes) if by == "fisher" else {}
-    if solve:
-        rowwise = {str(point.node.target): ways for point in points if point.axis == 0}
-        changes |= solved_changes(network, rowwise, _spread(data.fit, SOLVING_PIECES), progress)
-    found = found or losses(network, measure, changes, progress)
+    changes, found = _measured(network, points, ways, data, by, solve, progress)
     errors = [[found.get(name, {}).get(bits, 0.0) for bits in widths] for name in names]
     limits = [Limit(one.name, one.most, tuple(Term((i,), np.asarray(costs)) for i, costs in enumerate(one.costs))) for one in budgets]
     first = allocate([Choice(name, tuple(row)) for name, row in zip(names, errors, strict=True)], limits).levels
     loss = _whole_loss(network, shell, data, [[changes[name][bits] for bits in widths] for name in names])
     levels, _, _ = exchanged(first, errors, budgets, loss, TRIALS, progress)
     return {name: widths[level] for name, level in zip(names, levels, strict=True)}
+
+
+def _measured(
+    network: Network, points: Sequence[WeightPoint], ways: Mapping[int, Format], data: Data, by: By, solve: bool, progress: Progress | None
+) -> tuple[Changes[int], Found[int]]:
+    """What each weight becomes with each number of bits, and what the outputs lose by it."""
+    names = [str(point.node.target) for point in points]
+    changes: dict[str, Mapping[int, Change]] = {**nearest_changes(network, points, dict.fromkeys(names, ways))}
+    measure = _spread(data.held, MEASURING_PIECES)
+    found = fisher(network, measure, changes) if by == "fisher" else {}
+    if solve:
+        rowwise = {str(point.node.target): ways for point in points if point.axis == 0}
+        changes |= solved_changes(network, rowwise, _spread(data.fit, SOLVING_PIECES), progress)
+    return changes, found or losses(network, measure, changes, progress)
 
 
 def _budgets(network: Network, points: Sequence[WeightPoint], ways: Mapping[int, Format], amount: Amount) -> list[Budget]:
