@@ -279,27 +279,34 @@ def test_kept_layers_take_no_part_in_the_choice_and_unknown_names_are_refused() 
 # Chains -----------------------------------------------------------------------------------------------------------------------------
 
 
+STEP = Quantize(widths=(3, 4, 8), size=0.6, samples=16)
+
+
 @pytest.mark.slow
-def test_after_pruning_and_with_zeros_that_survive() -> None:
+def test_after_pruning() -> None:
     model = wide()
-    task = task_of(model, IMAGE, 6)
-    network = ds.capture(model, IMAGE)
-    step = Quantize(widths=(3, 4, 8), size=0.6, samples=24)
-    pruned = step(ds.Recipe.parse("prune(macs=0.6, multiple=1)").steps[0](network, task), task)
-    assert pruned.tensor("1.0.weight").numel() < network.tensor("1.0.weight").numel() and len(set(grids_of(pruned).values())) > 1
+    network, task = ds.capture(model, IMAGE), task_of(model, IMAGE, 4)
+    made = STEP(ds.Recipe.parse("prune(macs=0.6, multiple=1)").steps[0](network, task), task)
+    assert made.tensor("1.0.weight").numel() < network.tensor("1.0.weight").numel() and len(set(grids_of(made).values())) > 1
+
+
+@pytest.mark.slow
+def test_zeros_survive() -> None:
+    model = wide()
+    network, task = ds.capture(model, IMAGE), task_of(model, IMAGE, 4)
     sparse = ds.Recipe.parse("sparsify(sparsity=0.5)").steps[0](network, task)
-    made = step(sparse, task)
-    assert sparse.sparse and made.sparse == sparse.sparse
+    made = STEP(sparse, task)
+    assert sparse.sparse and made.sparse == sparse.sparse and len(set(grids_of(made).values())) > 1
     made.check()  # no zero that must stay has become another value
     for name in sparse.sparse:
         assert bool((made.tensor(name)[sparse.tensor(name) == 0] == 0).all())
 
 
 @pytest.mark.slow
-def test_files_compute_what_was_simulated() -> None:
-    model = wide()
-    for fields in ({}, {"activations": "none"}, {"activations": "none", "group": 32}):
-        made = made_of(model, widths=(2, 3, 4, 5, 8), size=0.55, **fields)
-        path = FOLDER / "mixed.onnx"
-        write(made, path)
-        simulation_equals_artifact(made, path, IMAGE)
+@pytest.mark.parametrize("fields", [{}, {"activations": "none", "group": 32, "refit": False}], ids=["static", "groups"])
+def test_files_compute_what_was_simulated(fields: dict[str, Any]) -> None:
+    made = Quantize(widths=(3, 4, 8), size=0.6, samples=16, **fields)(ds.capture(wide(), IMAGE), task_of(wide(), IMAGE, 4))
+    assert len(set(made.origin["bits"].values())) > 1
+    path = FOLDER / "mixed.onnx"
+    write(made, path)
+    simulation_equals_artifact(made, path, IMAGE)
