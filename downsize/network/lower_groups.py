@@ -147,9 +147,7 @@ class GroupedWeight:
             width = self.bits
             table = torch.nn.functional.pad(self.levels, (0, 2**width - len(self.levels)))
             return Packed.numbered(matrix.long(), table, width)
-        packed = Packed.of(matrix)
-        # One scale a row leaves codes that a runtime may keep as they are; with groups all is decoded to floats.
-        return packed if self.scale.shape[1] == 1 else Packed(packed.bits, packed.table.float(), packed.width, packed.columns)
+        return Packed.of(matrix)
 
     def _zeros(self, by_rows: bool, before: fx.Node, index: object = None) -> fx.Node | None:
         if self.zero_point is None:
@@ -158,7 +156,7 @@ class GroupedWeight:
             wide = self.constant("offsets", self.zero_point)
             return wide if index is None else insert_call(self.network, before, ours.packed_rows.default, (wide, index))
         packed = Packed.of(self.zero_point if by_rows else self.zero_point.reshape(1, -1))
-        bits, table = self.constant("offsets", packed.bits), self.constant("offsets_table", packed.table.float())
+        bits, table = self.constant("offsets", packed.bits), self.constant("offsets_table", packed.table)
         if index is not None:
             bits = insert_call(self.network, before, ours.packed_rows.default, (bits, index))
         zeros = insert_call(self.network, before, ours.unpack.default, (bits, table, packed.width, packed.columns))
@@ -211,8 +209,7 @@ class GroupedWeight:
         return -(2 ** (self.bits - 1)) if self.q.dtype is torch.int8 else 0
 
     def _kernel_table(self) -> Tensor:
-        table = torch.arange(2**self.bits) + self._base
-        return table.to(self.q.dtype) if self.scale.shape[1] == 1 else table.float()
+        return (torch.arange(2**self.bits) + self._base).to(self.q.dtype)
 
     def _kernel_zeros(self) -> Tensor | None:
         """The zero points of a kernel's blocks, unsigned; None where they are what it takes by default, half of all codes."""

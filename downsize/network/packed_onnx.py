@@ -20,12 +20,13 @@ from onnx import TensorProto
 from onnx.defs import OpSchema
 from onnxscript import ir, values
 
+from . import lower_halves as lower_halves
 from .packed import WHOLE
 
 DOMAIN = "downsize"
 MICROSOFT = "com.microsoft"
 ours = torch.ops.downsize
-ANYTHING = sorted(f"tensor({kind})" for kind in ("float", "float16", "uint8", "int8", "int32", "int64"))
+ANYTHING = sorted(f"tensor({kind})" for kind in ("float", "float16", "bfloat16", "uint8", "int8", "int32", "int64"))
 
 
 def _unknown_operator(name: str, inputs: int, *attributes: str) -> values.Op:
@@ -49,6 +50,7 @@ _DECODE = _unknown_operator("Decode", 3, "behind")
 _DECODE_GROUPS = _unknown_operator("DecodeGroups", 3, "group", "groups", "columns", "rank")
 _GROUP_LINEAR = _unknown_operator("GroupLinear", 4, "width", "group", "rows", "blocks", "columns")
 _GROUP_ROWS = _unknown_operator("GroupRows", 4, "width", "group")
+_WIDEN = _unknown_operator("Widen", 1)
 
 
 def _unpack(bits, table, width, columns):
@@ -76,7 +78,12 @@ def _group_rows(bits, scale, zero_point, index, width, group):
     return _GROUP_ROWS(bits, index, scale, zero_point, width=width, group=group)
 
 
+def _widen(x):
+    return _WIDEN(x)
+
+
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
+    ours.widen.default: _widen,
     ours.unpack.default: _unpack,
     ours.packed_rows.default: _packed_rows,
     ours.decode.default: _decode,
@@ -189,14 +196,20 @@ def _scaled(write: _Writer, q: ir.Value, scale: ir.Value, zero_point: ir.Value |
 def _spell_decode_groups(
     write: _Writer, q: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, *, group: int, groups: int, columns: int, rank: int
 ) -> ir.Value:
-    def spread(value: ir.Value | None) -> ir.Value | None:
+    leading = [0] * (rank - 1)
+
+    def part(value: ir.Value | None) -> ir.Value | None:
+        """One value a group as [..., groups, 1], or, where the last group is shorter, as one a column."""
         if groups == 1 or value is None:
             return value
         parts = write("Unsqueeze", value, write.constant(np.array([-1])))
-        full = write.reshape(write("Expand", parts, write.constant(np.array([group]))), [*[0] * (rank - 1), -1])
-        return full if groups * group == columns else write.first(full, columns)
+        if groups * group == columns:
+            return parts
+        return write.first(write.reshape(write("Expand", parts, write.constant(np.array([group]))), [*leading, -1]), columns)
 
-    return _scaled(write, q, spread(scale), spread(zero_point))
+    if groups == 1 or groups * group != columns:
+        return _scaled(write, q, part(scale), part(zero_point))
+    return write.reshape(_scaled(write, write.reshape(q, [*leading, groups, group]), part(scale), part(zero_point)), [*leading, columns])
 
 
 def _spell_group_linear(
@@ -227,7 +240,12 @@ def _spell_group_rows(
     return write("GatherBlockQuantized", *inputs, domain=MICROSOFT, **sizes)
 
 
+def _spell_widen(write: _Writer, x: ir.Value) -> ir.Value:
+    return write.floats(x)
+
+
 SPELLINGS: dict[str, Callable[..., ir.Value]] = {
+    "Widen": _spell_widen,
     "Unpack": _spell_unpack,
     "PackedRows": _spell_packed_rows,
     "Decode": _spell_decode,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import tempfile
@@ -80,12 +81,23 @@ def _open(path: str | Path, threads: int, profile_prefix: str | None) -> tuple[S
         inference: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no class below Exception
         raise cannot_open(NAME, path, error) from error
+    _give_back_memory()
     input_names, output_names = [slot.name for slot in signature.inputs], list(signature.output_names)
 
     def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
         return inference.run(output_names, dict(zip(input_names, arrays, strict=True)))
 
     return Session(NAME, signature, run), inference
+
+
+def _give_back_memory() -> None:
+    """Return to the system what loading a file took and freed: where weights are decoded then, several times their size.
+
+    The C library keeps it otherwise; those that have no such call need none.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _no_telemetry() -> None:
