@@ -76,7 +76,7 @@ def _without_data(network: Network, point: WeightPoint, wanted: Format, rounding
     weight = network.tensor(str(point.node.target)).detach()
     matrix = weight.flatten(1)
     if rounding == "hqq" and not wanted.symmetric and wanted.levels == "uniform":
-        steps = hqq(matrix, wanted.columns_of_group(matrix.shape[1]), wanted.grid, half=True)
+        steps = hqq(matrix, wanted.columns_of_group(matrix.shape[1]), wanted.grid, half=True, rounded=True)
     else:
         steps = steps_of(matrix, wanted)
     set_constant(network, point.node, nearest(matrix, wanted, steps).reshape(weight.shape))
