@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .task import Task
     from .techniques.distill import Distill as distill
     from .techniques.finetune import Finetune as finetune
+    from .techniques.halve import Halve as halve
     from .techniques.prune import Prune as prune
     from .techniques.quantize import Quantize as quantize
     from .techniques.sparsify import Sparsify as sparsify
@@ -42,6 +43,7 @@ __all__ = [
     "distill",
     "finetune",
     "fit",
+    "halve",
     "measure",
     "open",
     "prune",
@@ -65,6 +67,7 @@ FACE = {
     "distill": "techniques.distill.Distill",
     "finetune": "techniques.finetune.Finetune",
     "fit": "planner.fit",
+    "halve": "techniques.halve.Halve",
     "measure": "measure",
     "open": "runtimes.open_artifact",
     "prune": "techniques.prune.Prune",

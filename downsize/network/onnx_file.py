@@ -29,6 +29,7 @@ from . import packed_onnx
 from .attention import spell_attention
 from .lower import lower
 from .lower_groups import Decoding
+from .lower_halves import lower_halves
 from .network import Network
 from .rewrite import aten, drop_identities, fold_batch_norm, fold_padding
 from .runtime_faults import avoid
@@ -133,27 +134,29 @@ def decodings(network: Network, runtime: str = "") -> list[Decoding]:
     return _lowered(network, runtime)[1]
 
 
-def _lowered(network: Network, runtime: str) -> tuple[Network, list[Decoding]]:
+def _lowered(network: Network, runtime: str) -> tuple[Network, list[Decoding], str]:
+    """The network as it is written, where weights are decoded, and the precision in which it is to be computed ("": float32)."""
     lowered = network.fork().eval()
     drop_identities(lowered)
     fold_batch_norm(lowered)
     fold_padding(lowered)
+    precision = lower_halves(lowered)
     made = lower(lowered, runtime)
     avoid(lowered)
     spell_attention(lowered)
-    return lowered, made
+    return lowered, made, precision
 
 
 def to_onnx(network: Network, runtime: str = "") -> ir.Model:
     """The ONNX form of ``network``, in memory, sharing its tensors."""
-    lowered, _ = _lowered(network, runtime)
+    lowered, _, precision = _lowered(network, runtime)
     size = sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for _, t in lowered.named_tensors()}.values())
     if size > LARGEST_FILE:
         raise ExportError(f"The file would hold {size / 1e9:.1f} GB; one ONNX file holds at most 2 GB. Compress the network more, or split it.")
     names = [port.name for port in network.ports], _output_names(lowered)
     made = _translate(lowered, names)
     packed_onnx.spell_packed(made)
-    _finish(made, network, names)
+    _finish(made, network, names, precision)
     return made
 
 
@@ -240,7 +243,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _finish(model: ir.Model, network: Network, names: tuple[list[str], list[str]]) -> None:
+def _finish(model: ir.Model, network: Network, names: tuple[list[str], list[str]], precision: str) -> None:
     """Name the open dimensions, drop what only costs bytes, and write the structure of inputs and outputs into the metadata.
 
     A node is named ``<the user's module path>:<operator>_<number>``, so that a profile of the file can be told by modules.
@@ -270,6 +273,7 @@ def _finish(model: ir.Model, network: Network, names: tuple[list[str], list[str]
             "output_names": names[1],
             "input_shapes": [list(port.dims) for port in network.ports],
             "input_dtypes": [str(port.dtype).removeprefix("torch.") for port in network.ports],
+            **({"precision": precision} if precision else {}),
         }
     )
     model.producer_name, model.producer_version, model.doc_string = "downsize", None, None

@@ -27,9 +27,9 @@ def without(placement: Placement, patterns: Sequence[str]) -> Placement:
         return placement
     names = [str(point.node.target) for point in placement.weights]
     for pattern in patterns:
-        if not any(_is_named(name, [pattern]) for name in names):
+        if not any(is_named(name, [pattern]) for name in names):
             raise SpecError(f"quantize: keep={pattern!r} names none of the weights; {nearest(pattern, names)}")
-    kept = {point.node for point in placement.weights if _is_named(str(point.node.target), patterns)}
+    kept = {point.node for point in placement.weights if is_named(str(point.node.target), patterns)}
     layers = [layer for layer in placement.layers if layer.args[WEIGHT_LAYERS[layer.target][1]] in kept]
     rest = [layer for layer in placement.layers if layer not in layers]
     points = {point.node: point for point in placement.activations}
@@ -44,7 +44,7 @@ def without(placement: Placement, patterns: Sequence[str]) -> Placement:
     return replace(placement, activations=list(points.values()), weights=weights, layers=rest, left=left)
 
 
-def _is_named(name: str, patterns: Sequence[str]) -> bool:
+def is_named(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
 
 

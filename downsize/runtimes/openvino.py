@@ -32,7 +32,9 @@ def version() -> str:
 
 
 def open_session(path: str | Path, threads: int = 1) -> Session:
-    """Open the ONNX file at ``path`` on ``threads`` pinned threads, one inference at a time, float layers in float32.
+    """Open the ONNX file at ``path`` on ``threads`` pinned threads, one inference at a time.
+
+    Float layers are computed in float32, or in 16 bits where the file asks for that and this CPU has such products.
 
     Raises:
         ArtifactError: the file is missing, damaged, or has something this OpenVINO cannot run.
@@ -66,8 +68,8 @@ def _open(path: str | Path, threads: int, count: bool) -> tuple[Session, Any]:
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": True,
-        # By default OpenVINO computes float32 layers in bfloat16 where the CPU can, which is another model.
-        "INFERENCE_PRECISION_HINT": "f32",
+        # By default OpenVINO computes float32 layers in bfloat16 where the CPU can, which is another model, unless the file asks for it.
+        "INFERENCE_PRECISION_HINT": signature.precision if signature.precision in precisions() else "f32",
         # By default it rounds what goes into layers with packed weights to 8 bits, which is another model, too.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         "CACHE_DIR": "",
@@ -86,6 +88,12 @@ def _open(path: str | Path, threads: int, count: bool) -> tuple[Session, Any]:
         return [results[position] for position in outputs]
 
     return Session(NAME, signature, run), request
+
+
+def precisions() -> tuple[str, ...]:
+    """The 16-bit types that OpenVINO multiplies in on this CPU, of "bf16" and "f16"."""
+    names = {"BF16": "bf16", "FP16": "f16"}
+    return tuple(names[found] for found in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") if found in names)
 
 
 def _positions(ports: list[Any], names: list[str], path: str | Path) -> list[int]:

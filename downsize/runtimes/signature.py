@@ -20,6 +20,7 @@ from .onnx_header import DTYPES, Header, Slot, read_header
 
 METADATA_KEY = "downsize.io"
 VERSION = 1
+PRECISIONS = ("", "bf16", "f16")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Signature:
     """The inputs and outputs of one model file.
 
     ``call`` is the structure of ``[list of positional arguments, dict of keyword arguments]`` and ``result`` that of the outputs; both
-    are None for an ONNX file of another maker, whose inputs go by name or in graph order.
+    are None for an ONNX file of another maker, whose inputs go by name or in graph order. ``precision``: "bf16" or "f16" where the file says
+    that it is to be computed in 16 bits, else "".
     """
 
     path: str
@@ -35,6 +37,7 @@ class Signature:
     output_names: tuple[str, ...]
     call: Structure | None = None
     result: Structure | None = None
+    precision: str = ""
 
     @classmethod
     def read(cls, path: str | Path) -> Signature:
@@ -148,7 +151,7 @@ def _lossless(given: np.dtype, wanted: np.dtype) -> bool:
     return np.can_cast(given, wanted, "safe") and not (given.kind in "iu" and given.itemsize == 8 and wanted.kind in "fc")
 
 
-def _from_metadata(said: dict[str, Any], header: Header) -> tuple[tuple[Slot, ...], tuple[str, ...], Structure, Structure]:
+def _from_metadata(said: dict[str, Any], header: Header) -> tuple[tuple[Slot, ...], tuple[str, ...], Structure, Structure, str]:
     if said["version"] != VERSION:
         raise ValueError(f"version {said['version']}, expected {VERSION}")
     slots = {slot.name: slot for slot in header.inputs}
@@ -163,7 +166,9 @@ def _from_metadata(said: dict[str, Any], header: Header) -> tuple[tuple[Slot, ..
         raise ValueError(f"structures with {counts} tensors for {len(names)} inputs and {len(output_names)} outputs")
     if [item["kind"] for item in call["items"]] not in (["tuple", "dict"], ["list", "dict"]):
         raise ValueError("the inputs are not [arguments, keywords]")
-    return tuple(slots[name] for name in names), tuple(output_names), call, result
+    if (precision := said.get("precision", "")) not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}, expected one of {PRECISIONS}")
+    return tuple(slots[name] for name in names), tuple(output_names), call, result, precision
 
 
 def _count_tensors(node: Structure) -> int:

@@ -2,8 +2,9 @@
 
 from .distill import Distill
 from .finetune import Finetune
+from .halve import Halve
 from .prune import Prune
 from .quantize import Quantize
 from .sparsify import Sparsify
 
-TECHNIQUES = {"prune": Prune, "finetune": Finetune, "distill": Distill, "sparsify": Sparsify, "quantize": Quantize}
+TECHNIQUES = {"prune": Prune, "finetune": Finetune, "distill": Distill, "sparsify": Sparsify, "quantize": Quantize, "halve": Halve}
