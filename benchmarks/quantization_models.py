@@ -21,6 +21,7 @@ from downsize.task import Task
 from downsize.techniques.quantize import Quantize
 
 KEPT = Path(__file__).parent.parent / "runs" / "quantization"
+SAMPLES = 400  # of the calibration sentences, for ranges of activations
 Predict = Callable[[Any], Any]
 
 
@@ -60,15 +61,18 @@ def minilm(seed: int) -> Iterator[Row]:
     task = task_of(subject)
     judge, original = judge_of(task, subject), capture(task.model, task.example, more=task.variations())
     yield Row("float", lambda: original, judge)
+    alone: dict[str, Any] = {"activations": "none", "symmetric": False}
     for name, technique in {
-        "8 bits, static": Quantize(samples=subject.samples),
-        "4 bits, a scale for 32 columns": Quantize(bits=4, tables=4, group=32, symmetric=False, activations="none", samples=subject.samples),
-        "4 bits, a scale for 128 columns": Quantize(bits=4, tables=4, group=128, symmetric=False, activations="none", samples=subject.samples),
-        "3 bits, a scale for 32 columns": Quantize(bits=3, tables=3, group=32, symmetric=False, activations="none", samples=subject.samples),
-        "to nearest: 4 bits, a scale for 32 columns": Quantize(bits=4, tables=4, group=32, symmetric=False, activations="none", rounding="nearest"),
+        "4 bits, a scale for 128 columns": Quantize(bits=4, tables=4, group=128, **alone, samples=subject.samples),
+        "4 bits, a scale for 32 columns": Quantize(bits=4, tables=4, group=32, **alone, samples=subject.samples),
+        "4 bits, a scale for 32 columns, to nearest": Quantize(bits=4, tables=4, group=32, **alone, rounding="nearest"),
+        "8 bits, weights alone": Quantize(activations="none"),
+        "8 bits, static": Quantize(samples=SAMPLES),
+        "3 bits, a scale for 32 columns": Quantize(bits=3, tables=3, group=32, **alone, samples=subject.samples),
     }.items():
         yield Row(name, lambda technique=technique: technique(original, task), judge)
-    yield from peers(original, task, judge)
+        if name.endswith("to nearest"):
+            yield from peers(original, task, judge)
 
 
 def peers(original: Network, task: Task, judge: Callable[[Any], Quality]) -> Iterator[Row]:
