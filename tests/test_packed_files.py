@@ -120,6 +120,8 @@ def test_convolutions_run_in_float_without_decoding(tmp_path):
     network = quantized(lambda: nn.Sequential(conv(16, 32), nn.ReLU()), IMAGE, {"0.weight": Way(4, 48, asymmetric=True)})
     write(network, tmp_path / "model.onnx")
     assert set(in_onnxruntime(tmp_path / "model.onnx")) <= {"Conv", "FusedConv", "Relu", "ReorderInput", "ReorderOutput"}
+    names = [node.name for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type in ("Cast", "Gather", "Mul")]
+    assert names and all(name.startswith("0:") for name in names)  # of the module that the weight is in
 
 
 def test_each_weight_is_decoded_where_it_is_said(tmp_path, monkeypatch):

@@ -74,6 +74,8 @@ class GroupedWeight:
         weight, scale, third = (constant(network, node) for node in fake.args[:3])
         assert weight is not None and scale is not None and third is not None
         weight, scale, third = weight.detach(), scale.detach(), third.detach()
+        # The nodes that decode it bear the name of the module that it is in.
+        fake.meta["module"] = fake.meta.get("module") or str(fake.args[0].target).rpartition(".")[0]
         rows, columns = weight.flatten(1).shape
         if fake.target is ours.fake_quantize_levels.default:
             q = level_codes(weight, scale, third, fake.args[3])

@@ -120,7 +120,7 @@ class _Writer:
         self.tables: dict[tuple[Any, ...], ir.Value] = {}
 
     def __call__(self, operator: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
-        node = ir.node(operator, inputs, attributes, domain=domain, metadata_props=self.metadata)
+        node = ir.node(operator, inputs, attributes, domain=domain, metadata_props=dict(self.metadata))
         self.nodes.append(node)
         return node.outputs[0]
 
