@@ -90,8 +90,10 @@ def lower(network: Network, runtime: str = "") -> list[Decoding]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         ranks = {node: len(size) for node, size in shapes(network).items()} if fakes else {}
     weights = [fake for fake in fakes if constant(network, fake.args[0]) is not None]
+    # TensorRT takes signed activations, and weights behind its dequantize operators alone: nothing may be packed.
+    explicit = any(_grid(fake).low < 0 for fake in fakes if fake not in weights)
     for fake in weights:
-        made += lower_weight(network, fake, ranks, runtime)
+        made += lower_weight(network, fake, ranks, runtime, explicit)
     for fake in fakes:
         if fake not in weights:
             _lower_activation(network, fake)
@@ -166,7 +168,10 @@ def _clipping_bounds(node: fx.Node) -> tuple[float, float] | None:
 
 
 def _lower_bias(network: Network, layer: fx.Node) -> None:
-    """An int32 bias with scale ``input scale * weight scale``, which integer kernels add to their accumulator as it is."""
+    """An int32 bias with scale ``input scale * weight scale``, which integer kernels add to their accumulator as it is.
+
+    Where the input is signed it stays in float, as TensorRT wants it.
+    """
     at_source, at_weight, at_bias, _ = PRODUCTS.get(layer.target, (0, 1, 2, 0))
     assert at_bias is not None
     source, weight, bias = layer.args[at_source], layer.args[at_weight], constant(network, argument(layer, at_bias, "bias"))
@@ -175,6 +180,8 @@ def _lower_bias(network: Network, layer: fx.Node) -> None:
         return
     scale_x, scale_w = constant(network, source.args[1]), constant(network, weight.args[1])
     assert scale_x is not None and scale_w is not None
+    if constant(network, source.args[2]).dtype is torch.int8:
+        return
     if bias.dim() != 1 or scale_x.dim() or scale_w.dim() > 1 or scale_w.numel() not in (1, bias.numel()) or layer.kwargs.keys() & {"alpha", "beta"}:
         return
     bias = bias.detach()

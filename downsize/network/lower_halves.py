@@ -1,6 +1,6 @@
 """Weights rounded to 16 bits become constants of 16 bits, which runtimes widen once, when they load the file."""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 

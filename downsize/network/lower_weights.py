@@ -36,13 +36,17 @@ MOVES = frozenset(MOVING.split())
 QUANTIZED = (ours.fake_quantize.default, ours.fake_quantize_dynamic.default)
 
 
-def lower_weight(network: Network, fake: fx.Node, ranks: dict[fx.Node, int], runtime: str) -> list[Decoding]:
-    """Replace the fake quantizer of a weight, in place, and say where packed bits are decoded."""
+def lower_weight(network: Network, fake: fx.Node, ranks: dict[fx.Node, int], runtime: str, explicit: bool = False) -> list[Decoding]:
+    """Replace the fake quantizer of a weight, in place, and say where packed bits are decoded.
+
+    ``explicit``: every weight is an int8 constant behind a dequantize operator, whoever reads it.
+    """
     tables = [user for user in fake.users if user.target is aten.embedding.default and user.args[0] is fake and fake.args[3] in (None, 0)]
-    integers = any(_reads_codes(network, fake, user) for user in fake.users if user not in tables)
+    integers = explicit or any(_reads_codes(network, fake, user) for user in fake.users if user not in tables)
     if not integers and fake.args[3] in (None, 0) and network.tensor(str(fake.args[0].target)).dim() > 1:
         return GroupedWeight.of(network, fake).lower(runtime)
     weight = ChannelWeight.of(network, fake)
+    weight.packs = not explicit
     for user in list(fake.users) if integers else []:
         if user.target in PRODUCTS and user.args[PRODUCTS[user.target][1]] is fake and fake.args[3] in (None, PRODUCTS[user.target][3]):
             _lower_product(weight, user, ranks)
@@ -91,7 +95,7 @@ class ChannelWeight:
     """A fake-quantized weight: its codes, and the constants made of them so far, by whether they are transposed.
 
     Codes of few bits are multiplied by a power of two that int8 has room for, ``factor``, and the scale is divided by it: the values are the
-    same, and integer biases, whose step is this scale times the input's, become so much finer. In the file they are packed.
+    same, and integer biases, whose step is this scale times the input's, become so much finer. In the file they are packed, if it ``packs``.
     """
 
     network: Network
@@ -101,6 +105,7 @@ class ChannelWeight:
     made: dict[bool, fx.Node] = field(default_factory=dict)
     stored: int = 0
     packed: bool = False
+    packs: bool = True
 
     @staticmethod
     def of(network: Network, fake: fx.Node) -> ChannelWeight:
@@ -124,7 +129,7 @@ class ChannelWeight:
         if transposed not in self.made:
             q = self.q.t().contiguous() if transposed else self.q
             packed = Packed.of(q.reshape(1, -1))
-            self.packed = packed.saves > 0
+            self.packed = self.packs and packed.saves > 0
             self.made[transposed] = self._unpacked(packed, q.shape) if self.packed else self.constant("codes", q)
         return self.made[transposed]
 

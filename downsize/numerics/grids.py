@@ -68,6 +68,11 @@ def symmetric(extreme: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return scale.float(), torch.zeros_like(scale, dtype=torch.int32)
 
 
+def covering(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The grid over [low, high]: an unsigned one asymmetric, a signed one symmetric, its zero point 0."""
+    return affine(low, high, grid) if grid.low >= 0 else symmetric(torch.maximum(-low, high).clamp(min=SMALLEST_SCALE), grid)
+
+
 def filled(scale: Tensor) -> Tensor:
     """Scales of rows, those of rows of zeros replaced by the largest."""
     fallback = scale.max() if scale.numel() and float(scale.max()) > 0 else torch.ones((), dtype=scale.dtype)

@@ -13,7 +13,7 @@ from torch import fx
 
 from ..network.network import Network
 from ..network.rewrite import aten
-from ..numerics.grids import BITS, Grid, activation_grid, weight_grid
+from ..numerics.grids import BITS, INT8, Grid, activation_grid, weight_grid
 from .placement import WEIGHT_LAYERS, Placement, WeightPoint, is_transparent
 
 # Of activations that only sums, pools and the outputs of the network read.
@@ -22,11 +22,15 @@ BETWEEN = 8
 
 @dataclass(frozen=True)
 class Bits:
-    """The bits of weights, of the inputs of layers, and of both in the first and the last layer; 32: not quantized. Tables are a first layer."""
+    """The bits of weights, of the inputs of layers, and of both in the first and the last layer; 32: not quantized. Tables are a first layer.
+
+    ``signed``: activations are int8, symmetric, instead of unsigned and asymmetric; then they all have 8 bits.
+    """
 
     weights: int
     activations: int
     ends: int
+    signed: bool = False
 
     def groups(self, network: Network, placement: Placement) -> list[tuple[Grid, Placement]]:
         """The activations of a placement by their grid, without those that are not quantized."""
@@ -40,7 +44,11 @@ class Bits:
         by_bits: dict[int, list] = {}
         for point in placement.activations:
             by_bits.setdefault(bits(point.like or point.node), []).append(point)
-        return [(activation_grid(count), replace(placement, activations=points)) for count, points in by_bits.items() if count in BITS]
+        return [
+            (INT8 if self.signed else activation_grid(count), replace(placement, activations=points))
+            for count, points in by_bits.items()
+            if count in BITS
+        ]
 
     def parts(self, network: Network, placement: Placement, wanted: Callable[[WeightPoint], bool]) -> tuple[list[WeightPoint], list[WeightPoint]]:
         """The weights that have the bits of the ends, and those that have the bits of the others."""

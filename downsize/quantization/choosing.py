@@ -8,7 +8,7 @@ from torch import fx
 
 from ..network.network import Network
 from ..network.statistics import Distribution, Pieces, distributions
-from ..numerics.grids import UINT8, Grid
+from ..numerics.grids import INT8, UINT8, Grid
 from .bits import Bits
 from .placement import Placement
 from .ranges import Range, candidates, choose, mean_squared_error
@@ -40,7 +40,7 @@ def ranges_to_try(
 
 
 def _plain(distribution: Distribution, grid: Grid) -> Range:
-    return (distribution.low, distribution.high) if grid == UINT8 else mean_squared_error(distribution, grid)
+    return (distribution.low, distribution.high) if grid in (UINT8, INT8) else mean_squared_error(distribution, grid)
 
 
 def spread(pieces: Pieces, count: int) -> Pieces:

@@ -12,7 +12,7 @@ from ..network.lower import finer
 from ..network.network import Network
 from ..network.rewrite import argument, constant, set_bias
 from ..network.statistics import walk
-from ..numerics.grids import UINT8
+from ..numerics.grids import INT8, UINT8
 from .insertion import FAKE, grid_of, settle
 from .placement import WEIGHT_LAYERS, is_transparent
 
@@ -59,7 +59,7 @@ def round_biases(network: Network) -> None:
         if bias is None or not all(isinstance(node, fx.Node) and node.target is FAKE for node in (source, weight)):
             continue
         scales = [constant(network, node.args[1]) for node in (source, weight)]  # type: ignore[union-attr]
-        if grid_of(source) != UINT8 and None not in scales and bias.dim() == 1:  # type: ignore[arg-type]
+        if grid_of(source) not in (UINT8, INT8) and None not in scales and bias.dim() == 1:  # type: ignore[arg-type]
             step = (scales[0].double() * scales[1].double() / finer(grid_of(weight))).expand(bias.shape)  # type: ignore[union-attr, arg-type]
             set_bias(network, layer, ((bias.detach().double() / step).round() * step).to(bias.dtype), at_bias)
     network.recompile()

@@ -81,12 +81,12 @@ def extremes(weight: Tensor, axis: int | None) -> Tensor:
 
 
 def quantize_activations(network: Network, placement: Placement, ranges: dict[fx.Node, Range], grid: Grid) -> None:
-    """Fake-quantize the activations in place, asymmetric, one range a tensor."""
+    """Fake-quantize the activations in place, one range a tensor: asymmetric on an unsigned grid, symmetric on a signed one."""
     made: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for point in placement.activations:
         source = point.like or point.node
         if source not in made:
-            scale, zero_point = grids.affine(torch.tensor(ranges[source][0]), torch.tensor(ranges[source][1]), grid)
+            scale, zero_point = grids.covering(torch.tensor(ranges[source][0]), torch.tensor(ranges[source][1]), grid)
             before = point.node.next
             while before.op == "placeholder":
                 before = before.next

@@ -45,6 +45,7 @@ def without(placement: Placement, patterns: Sequence[str]) -> Placement:
 
 
 def is_named(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern is that of a weight or of a module that it is in; ``*`` stands for anything."""
     return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
 
 

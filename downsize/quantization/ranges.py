@@ -131,8 +131,8 @@ def choose(
 
 
 def fake(x: Tensor, bounds: Range, grid: Grid) -> Tensor:
-    """``x`` rounded to the asymmetric grid over ``bounds``, in float."""
-    scale, zero_point = grids.affine(torch.tensor(bounds[0]), torch.tensor(bounds[1]), grid)
+    """``x`` rounded to the grid over ``bounds``, in float."""
+    scale, zero_point = grids.covering(torch.tensor(bounds[0]), torch.tensor(bounds[1]), grid)
     return torch.ops.downsize.fake_quantize(x, scale, zero_point, None, grid.low, grid.high)
 
 

@@ -39,6 +39,7 @@ from ..training.quantizing import Quantizing
 # How many pieces (of one sample or a few) are enough to solve for weights and biases.
 ROUNDING_PIECES = 40
 MEAN_PIECES = 64
+REDUCED = 7  # bits of weights whose products with unsigned activations can be added by twos in 16 bits
 FLOAT = 32  # bits of what is not quantized
 Width = Literal[2, 3, 4, 5, 6, 7, 8, 32]
 Codes = Literal[2, 3, 4, 5, 6, 7, 8]
@@ -74,6 +75,9 @@ class Quantize:
             least under ``size``: a part of what the weights take at 8 bits, or bytes ('3 MB') of all weights with their scales; and under
             ``bops``: a part of the bit operations (multiply-accumulates times bits of weight and activation) at 8 bits.
             ``by``: each width's ``loss``, measured; or ``fisher``, estimated from derivatives, in less time.
+        profile: of the integer kernels. ``x86``: unsigned activations, asymmetric. ``avx2``: for x86 processors without VNNI, where ONNX Runtime
+            adds pairs of products in 16 bits: weights have at most 7 bits, so that no sum leaves that range. ``tensorrt``: signed
+            symmetric activations, biases and tables in float, no integer operators beside QuantizeLinear and DequantizeLinear.
         keep: weights, or modules, that stay in float with the inputs of their layers, by name, ``*`` standing for anything.
 
     Examples: ``quantize(bits=4, activation_bits=4, train=True)``; ``quantize(bits=4, group=32, tables=5, activations='none')``;
@@ -103,6 +107,7 @@ class Quantize:
     size: str | float | None = None
     bops: float | None = Field(default=None, gt=0, le=1)
     by: By = "loss"
+    profile: Literal["x86", "avx2", "tensorrt"] = "x86"
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -125,6 +130,10 @@ class Quantize:
             )
         if self.rounding == "hqq" and (self.symmetric or self.kind != "none"):
             raise SpecError("quantize: rounding='hqq' places zero points; use symmetric=False with activations='none'.")
+        if self.profile != "x86" and self.kind == "none":
+            raise SpecError(f"quantize: profile={self.profile!r} came, and weights alone, which no integer kernel multiplies; leave one out.")
+        if self.profile == "tensorrt" and (self.kind != "static" or self.plan is not None or self.activation_bits not in (None, 8)):
+            raise SpecError("quantize: profile='tensorrt' is for static activations of 8 bits, after training: leave the other fields out.")
         self._check_widths()
 
     def _check_widths(self) -> None:
@@ -193,7 +202,11 @@ class Quantize:
     @property
     def counts(self) -> Bits:
         """The bits of everything."""
-        return Bits(self.bits, self.activation_bits or 8, self.ends)
+        return Bits(self._within(self.bits), self.activation_bits or 8, self._within(self.ends), self.profile == "tensorrt")
+
+    def _within(self, bits: int) -> int:
+        """The bits of a weight that the profile has room for."""
+        return min(bits, REDUCED) if self.profile == "avx2" and bits != FLOAT else bits
 
     def _told(self) -> str:
         if self.widths:
@@ -244,7 +257,14 @@ class Quantize:
         return best
 
     def _place(self, network: Network) -> Placement:
-        placement = without(place(network), self.keep)
+        placement = place(network)
+        # TensorRT has no integer tables; what a layer reads of one stays in float, too.
+        tables = [str(p.node.target) for p in placement.weights if any(user.target is aten.embedding.default for user in p.node.users)]
+        placement = without(placement, (*self.keep, *(tables if self.profile == "tensorrt" else ())))
+        if self.kind == "dynamic":
+            return placement
+        if self.kind == "dynamic":
+            return placement
         groups = self.counts.groups(network, placement) if self.kind == "static" else []
         return replace(placement, activations=[point for _, part in groups for point in part.activations])
 
@@ -290,7 +310,7 @@ class Quantize:
         if self.kind == "static":
             shell = settle(self._build(plain, placement, plain_ranges(plain, placement, self.counts, pieces[0]), None))
         points = [point for point in placement.weights if self._is_wanted(point)]
-        ways = {bits: replace(self._inner_format, bits=bits) for bits in sorted(set(self.widths))}
+        ways = {bits: replace(self._inner_format, bits=bits) for bits in sorted({self._within(bits) for bits in self.widths})}
         layers = self.counts.of_inputs(plain, placement) if self.bops is not None else {}
         amount = amount_of(plain, points, self.size, self.bops, layers)
         data = Data(*pieces)
