@@ -210,3 +210,13 @@ def test_a_product_with_outputs_along_the_second_axis_gets_one_scale_an_output(t
     assert any(node.target is torch.ops.downsize.fake_quantize.default and node.args[3] == 1 for node in made.graph.nodes)
     assert any(node.target is aten.matmul.default for node in made.graph.nodes)
     file_is_simulation(made, data[:4], tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("fields", [{"bits": 3, "activations": "none"}, {"bits": 3}])
+def test_reconstruction_never_loses_more_on_held_back_data(fields, tokens):
+    model, data = tokens
+    network, task = capture(model, data[:2]), task_of(model, data)
+    drop_identities(network)
+    plain, better = (Quantize(**fields, ends=3, reconstruct=steps)(network, task) for steps in (0, 60))
+    judge = Judge(network, pieces_of(network, data)[1])
+    assert judge(better) <= judge(plain)
