@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,29 @@ DROP_WITHOUT_LIMIT = 0.01  # with no limit at all the smallest and fastest file 
 LINEAR, CONVOLUTION = ("aten.linear", "aten.addmm", "aten.mm", "aten.matmul"), ("aten.conv",)
 
 
-def recipes_for(runtime: str, network: Network) -> list[str]:
-    """The int8 recipes that ``runtime`` executes well enough to be worth a trial."""
-    recipes = ["quantize()"]
+# One of them is there on x86 processors that multiply bytes and add in 32 bits.
+ADDS_IN_32_BITS = {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
+
+
+def recipes_for(runtime: str, network: Network, features: Collection[str] = ()) -> list[str]:
+    """The int8 recipes that ``runtime`` executes well enough to be worth a trial on a processor with these ``features``."""
+    narrow = runtime == "onnxruntime" and "avx2" in features and not ADDS_IN_32_BITS & set(features)
+    profile = "profile='avx2'" if narrow else ""
+    recipes = [f"quantize({profile})"]
     # OpenVINO runs the operators of dynamic quantization in float, more slowly than the original; convolutions have no such operator.
     if runtime == "onnxruntime" and _weights_of(network, LINEAR) > _weights_of(network, CONVOLUTION):
-        recipes.append("quantize(activations='dynamic')")
+        recipes.append(f"quantize({', '.join(filter(None, ['activations=' + repr('dynamic'), profile]))})")
     return [*recipes, "quantize(activations='none')"]
+
+
+def halves_for(precisions: Collection[str]) -> list[str]:
+    """The recipes of 16 bits that are worth a trial where the runtime computes in these ``precisions`` beside float32."""
+    return ["halve()", *(["halve(dtype='bfloat16', compute=True)"] if "bf16" in precisions else [])]
+
+
+def is_lossless(attempt: Attempt) -> bool:
+    """Whether a file meets all limits and loses no score that counts: then more bits cannot be better."""
+    return attempt.verdict is not None and attempt.verdict.met and loss_of(attempt)[0] == 0
 
 
 def _weights_of(network: Network, operators: tuple[str, ...]) -> int:

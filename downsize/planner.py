@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .bench import Bench, digest_of_model, tensor_bytes
-from .candidates import best_of, explained, needs_speed, recipes_for, why_not_worth_it
+from .candidates import best_of, explained, halves_for, is_lossless, needs_speed, recipes_for, why_not_worth_it
 from .engine import Run
 from .errors import DownsizeError, RunError, TargetError
 from .facts import Artifact, Attempt, Measurement, Report, Verdict, from_json, made_by, to_json
+from .measure import host
 from .progress import Progress
 from .recipe import Recipe
 from .runtimes import require
+from .slower import slower_layers
 from .spec import fields_of
 from .target import Target, show
 from .task import Task
@@ -84,6 +86,7 @@ class Search:
     def __init__(self, bench: Bench, only: Recipe | None) -> None:
         self.bench, self.only = bench, only
         self.limits = bench.target.limits()
+        self.notes: dict[str, str] = {}
         self.file = f"model{bench.runtime.suffix}"
         artifact = Artifact.of(bench.baseline, bench.runtime.name)
         self.attempts = [Attempt(ORIGINAL, "", artifact, bench.weigh(bench.baseline), None, None, False, "")]
@@ -100,8 +103,32 @@ class Search:
         if self.only is not None:
             self._add(self._measured(self._built(self.only)))
             return
-        for text in recipes_for(self.bench.runtime.name, self.bench.original.network):
+        for text in recipes_for(self.bench.runtime.name, self.bench.original.network, host().features):
             self._add(self._try(Recipe.parse(text)))
+        self._keep_slow_layers(self.attempts[1])
+        best = self._chosen()
+        if best is self.attempts[0] or not is_lossless(best):
+            for text in halves_for(self.bench.runtime.precisions()):
+                self._add(self._try(Recipe.parse(text)))
+
+    def _keep_slow_layers(self, attempt: Attempt) -> None:
+        """Try an int8 recipe once more with the layers in float that are slower in integers here, and note by how much."""
+        if attempt.artifact is None or attempt.verdict is None:
+            return
+        bench, names = self.bench, {name for name, _ in self.bench.original.network.named_tensors()}
+        with bench.progress.doing("profiling the layers in integers and in float"):
+            where = bench.inputs, bench.runtime.name, bench.target.threads
+            try:
+                slow = slower_layers(bench.baseline, attempt.artifact.path, names, *where)
+            except DownsizeError as error:  # the files are measured already; only a further trial is lost
+                bench.progress.say(f"note: no profile of the layers: {error}")
+                return
+        if slow:
+            (step,) = Recipe.parse(attempt.recipe).steps
+            recipe = Recipe((replace(step, keep=tuple(name for one in slow for name in one.weights)),))  # type: ignore[type-var]
+            self.notes[str(recipe)] = "kept in float: " + ", ".join(map(str, slow))
+            bench.progress.say(self.notes[str(recipe)])
+            self._add(self._try(recipe))
 
     def finish(self) -> Result:
         """Measure the chosen file once more, on the data for the verdict, and write the report; that attempt is its last."""
@@ -167,7 +194,8 @@ class Search:
 
     def _explained(self, chosen: Attempt) -> list[Attempt]:
         if self.only is None:
-            return explained(self.attempts, chosen, self.bench.target)
+            rows = explained(self.attempts, chosen, self.bench.target)
+            return [replace(row, reason=f"{row.reason}; {self.notes[row.name]}") if row.name in self.notes else row for row in rows]
         return [
             replace(row, taken=row is chosen, reason="the recipe that was asked for" if row is chosen else "for comparison") for row in self.attempts
         ]

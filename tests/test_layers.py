@@ -24,7 +24,7 @@ LAYERS = (
     ("techniques/",),
     ("runtimes/",),
     ("measure/",),
-    ("lock", "recipe", "engine", "bench", "candidates", "planner", "inspection", "sensitivity"),
+    ("lock", "recipe", "engine", "bench", "candidates", "inspection", "slower", "planner", "sensitivity"),
     ("tables", "testing", "cli", "__init__"),
 )
 WITHOUT_TORCH = (

@@ -267,11 +267,11 @@ def test_an_interruption_leaves_the_best_file_and_its_report_and_the_next_call_g
     from downsize.techniques import TECHNIQUES
 
     call = TECHNIQUES["quantize"].__call__
-    monkeypatch.setattr(TECHNIQUES["quantize"], "__call__", lambda self, *rest: built.append(self.activations) or call(self, *rest))
+    monkeypatch.setattr(TECHNIQUES["quantize"], "__call__", lambda self, *rest: built.append((self.activations, self.keep)) or call(self, *rest))
     monkeypatch.setattr(planner, "TRIAL_SECONDS", 0.2)
     monkeypatch.setattr(planner, "FINAL_SECONDS", 0.2)
     result = ds.fit(task_of(mlp()), target, tmp_path / "run")
-    assert len(result.report.attempts) == 4 and "static" not in built and "dynamic" in built
+    assert len(result.report.attempts) >= 4 and ("static", ()) not in built and ("dynamic", ()) in built
 
 
 @pytest.mark.slow

@@ -132,4 +132,4 @@ class _NoTelemetry:
         sys.modules.update(self.before)
 
 
-RUNTIME = Runtime(NAME, ".onnx", missing, version, partial(export_onnx, runtime=NAME), open_session, profile)
+RUNTIME = Runtime(NAME, ".onnx", missing, version, partial(export_onnx, runtime=NAME), open_session, profile, precisions)

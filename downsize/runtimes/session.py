@@ -73,7 +73,8 @@ class Runtime:
 
     ``missing()`` says why it cannot be used here and the line that brings it, or None; ``version()`` is its version;
     ``export(network, path)`` writes a Network as its file; ``open(path, threads)`` gives a Session;
-    ``profile(path, threads, inputs, runs)`` times every node over ``runs`` inferences of the checked or unchecked ``inputs``.
+    ``profile(path, threads, inputs, runs)`` times every node over ``runs`` inferences of the checked or unchecked ``inputs``;
+    ``precisions()`` are the 16-bit types, of "bf16" and "f16", that it computes in here where a file asks for it.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Runtime:
     export: Callable[[Any, str | Path], None]
     open: Callable[[str | Path, int], Session]
     profile: Callable[[str | Path, int, Any, int], list[OperatorTime]]
+    precisions: Callable[[], tuple[str, ...]] = tuple
 
 
 def export_onnx(network: Any, path: str | Path, runtime: str) -> None:
