@@ -103,7 +103,7 @@ def tables(cases: Mapping[str, Case], lines: list[dict[str, Any]]) -> list[Cells
 def cells(lines: list[dict[str, Any]], figures: list[str]) -> list[str]:
     texts = []
     for number, figure in enumerate(figures):
-        values = [line["quality"][figure] for line in lines]
+        values = [line["quality"][figure] for line in lines if figure in line["quality"]]
         each = f" ({', '.join(f'{value:.4g}' for value in values)})" if number == 0 and len(values) > 1 else ""
         texts.append(f"{statistics.mean(values):.4g}{each}")
     return [*texts, f"{statistics.mean(line['cpu_seconds'] for line in lines):.0f}"]
