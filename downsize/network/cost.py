@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import Parameter
 
-from ..numerics import grids, groups  # noqa: F401  (both register torch.ops.downsize)
+from ..numerics import grids, groups, recurrent  # noqa: F401  (they register torch.ops.downsize)
 from .network import Network
 from .rewrite import aten
 from .statistics import Hook, walk
@@ -127,6 +127,7 @@ COUNTED: dict[object, Callable[[tuple[Any, ...], Any], int]] = {
     aten.dot.default: _inner, aten.outer.default: _outer, aten.einsum.default: _einsum,
     aten.scaled_dot_product_attention.default: _attention,
     aten.lstm.input: _recurrent, aten.gru.input: _recurrent, aten.rnn_tanh.input: _recurrent, aten.rnn_relu.input: _recurrent,
+    torch.ops.downsize.dynamic_lstm.default: _recurrent,
 }  # fmt: skip
 
 

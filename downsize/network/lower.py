@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..numerics import grids
 from .lower_groups import Decoding, GroupedWeight, insert_call
+from .lower_recurrent import lower_recurrent
 from .lower_weights import PRODUCTS, lower_weight
 from .lower_weights import finer as finer
 from .network import Network
@@ -83,7 +84,7 @@ def lower(network: Network, runtime: str = "") -> list[Decoding]:
 
     Returns: of each weight that is decoded somewhere, where.
     """
-    made: list[Decoding] = []
+    made = lower_recurrent(network, runtime)
     for fake in [node for node in network.graph.nodes if node.target in GROUPED and constant(network, node.args[0]) is not None]:
         made += GroupedWeight.of(network, fake).lower(runtime)
     fakes = [node for node in network.graph.nodes if node.target is ours.fake_quantize.default]

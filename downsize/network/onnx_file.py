@@ -25,7 +25,7 @@ from onnxscript import opset20 as op
 from torch.export import Dim, export
 
 from ..errors import ExportError
-from . import packed_onnx
+from . import lower_recurrent, packed_onnx
 from .attention import spell_attention
 from .lower import lower
 from .lower_groups import Decoding
@@ -99,6 +99,7 @@ TRANSLATIONS = {
     ours.dynamic_linear.default: _dynamic_linear,
     ours.fake_quantize_dynamic.default: _fake_quantize_dynamic,
     **packed_onnx.TRANSLATIONS,
+    **lower_recurrent.TRANSLATIONS,
     # The exporter cannot say it.
     aten.adaptive_avg_pool3d.default: _adaptive_average,
 }

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from ..errors import NetworkFileError
-from ..numerics import grids, groups, halves  # noqa: F401  (they register torch.ops.downsize)
+from ..numerics import grids, groups, halves, recurrent  # noqa: F401  (they register torch.ops.downsize)
 
 # Functions on shape integers that torch.export leaves in a graph.
 SYMBOLIC: dict[str, Callable[..., Any]] = {

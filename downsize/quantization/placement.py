@@ -45,6 +45,8 @@ MOVES = {
 COMBINES = {
     aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.leaky_relu.default,
 }  # fmt: skip
+# Their weights are quantized alone: matrices of every layer and direction, in the list of parameters.
+RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default}
 
 
@@ -73,6 +75,11 @@ class Placement:
     weights: list[WeightPoint] = field(default_factory=list)
     layers: list[fx.Node] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def recurrent(self) -> list[fx.Node]:
+        """The recurrent layers with weights to quantize."""
+        return list(dict.fromkeys(user for point in self.weights for user in point.node.users if user.target in RECURRENT))
 
     def on(self, fork: Network) -> Placement:
         """The same decisions for a fork of the network they were made on."""
@@ -138,8 +145,10 @@ def _weights(network: Network, placement: Placement) -> None:
             # ONNX Runtime would round this weight by itself, with one scale for all.
             axes.setdefault(node.args[1], set()).add(1)
             placement.left[node.name] = "transposed convolution: no integer kernel in the runtimes, only its weight is quantized"
-        elif node.target in (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input):
-            placement.left[node.name] = "recurrent layer: kept in float"
+        elif node.target in RECURRENT:
+            for matrix in [one for one in node.args[2] if _is_float(network, one) and network.tensor(str(one.target)).dim() == 2]:
+                axes.setdefault(matrix, set()).add(0)
+            placement.left[node.name] = "recurrent layer: only its weights are quantized, but with dynamic activations in ONNX Runtime"
     for node, found in axes.items():
         found |= {axis for user in node.users for axis in _other_axes(user, node)}
     # A weight read along two axes takes one scale.
@@ -153,6 +162,8 @@ def _is_float(network: Network, node: object) -> bool:
 
 def _other_axes(user: fx.Node, weight: fx.Node) -> set[int]:
     """The output axes along which a reader that is no layer of its own reads a weight; all of them if it is not known."""
+    if user.target in RECURRENT:
+        return {0}
     known = user.target in TRANSPOSED or user.target is aten.embedding.default or user.target in WEIGHT_LAYERS
     position = 0 if user.target is aten.embedding.default else WEIGHT_LAYERS.get(user.target, (0, 1))[1]
     if known and [one is weight for one in user.args].count(True) == 1 and user.args[position] is weight:

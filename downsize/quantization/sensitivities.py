@@ -94,17 +94,24 @@ def _readers(network: Network, names: Iterable[str]) -> Iterator[tuple[str, fx.N
 
 
 def _layer_error(node: fx.Node, ways: Mapping[K, Change], sums: Mapping[K, Tensor], before: Hook | None) -> Hook:
-    names = [str(one.target) if isinstance(one, fx.Node) and one.op == "get_attr" else "" for one in node.args]
-
-    def measure(args: tuple[Any, ...], value: Tensor) -> None:
+    def measure(args: tuple[Any, ...], value: Any) -> None:
         for key, change in ways.items():
-            changed = [change.get(name, one) if name else one for name, one in zip(names, args, strict=True)]
-            error = (node.target(*changed, **node.kwargs) - value).double().square().sum()  # type: ignore[operator]
-            sums[key].add_(torch.stack((error, value.double().square().sum())))
+            # Recurrent layers give their states, too.
+            got = node.target(*_changed_arguments(node.args, args, change), **node.kwargs)  # type: ignore[operator]
+            pairs = zip(got, value, strict=True) if isinstance(value, (tuple, list)) else [(got, value)]
+            for one, other in pairs:
+                sums[key].add_(torch.stack(((one - other).double().square().sum(), other.double().square().sum())))
         if before is not None:
             before(args, value)
 
     return measure
+
+
+def _changed_arguments(names: Any, values: Any, change: Change) -> Any:
+    """The arguments of an operator, in lists too, with other values for the constants that are changed."""
+    if isinstance(names, (tuple, list)):
+        return [_changed_arguments(name, value, change) for name, value in zip(names, values, strict=True)]
+    return change.get(str(names.target), values) if isinstance(names, fx.Node) and names.op == "get_attr" else values
 
 
 # What the outputs lose --------------------------------------------------------------------------------------------------------------

@@ -26,9 +26,10 @@ from ..quantization.keeping import without
 from ..quantization.learned import learnable, settle_learned
 from ..quantization.mixed import By, amount_of, choose_bits, size_limit
 from ..quantization.norms import fold, unfold
-from ..quantization.placement import Placement, WeightPoint, place
+from ..quantization.placement import RECURRENT, Placement, WeightPoint, place
 from ..quantization.ranges import ESTIMATORS, Range
 from ..quantization.reconstruction import Reconstruction, reconstruct
+from ..quantization.recurrent import compute_dynamically
 from ..quantization.rounding import round_weights
 from ..quantization.smoothing import smooth
 from ..quantization.weight_only import Data, quantize_weight_only
@@ -252,7 +253,7 @@ class Quantize:
 
     def _fitted(self, plain: Network, pieces: tuple[Pieces, Pieces], judge: Judge, bits: Mapping[str, int]) -> Network:
         placement = self._place(plain)
-        if not placement.layers:
+        if not placement.layers and not placement.recurrent:
             raise TaskError("The network has no convolution or linear layer with a constant weight: there is nothing to quantize.")
         trials = [self._build(plain, placement, ranges, bits) for ranges in ranges_to_try(plain, placement, self.counts, pieces, self.ranges)]
         loss, best = min(((judge(trial), trial) for trial in trials), key=lambda pair: pair[0])
@@ -267,8 +268,8 @@ class Quantize:
 
     def _place(self, network: Network) -> Placement:
         placement = place(network)
-        # TensorRT has no integer tables; what a layer reads of one stays in float, too.
-        tables = [str(p.node.target) for p in placement.weights if any(user.target is aten.embedding.default for user in p.node.users)]
+        # TensorRT has no integer tables and recurrent layers; what a layer reads of one stays in float, too.
+        tables = [str(p.node.target) for p in placement.weights if any(user.target in (aten.embedding.default, *RECURRENT) for user in p.node.users)]
         placement = without(placement, (*self.keep, *(tables if self.profile == "tensorrt" else ())))
         if self.kind == "dynamic":
             return placement
@@ -365,9 +366,10 @@ class Quantize:
         placement = self._place(plain)
         if self.kind == "dynamic":
             linear = [layer for layer in placement.layers if layer.target is aten.linear.default]
-            if not linear:
-                raise TaskError("The network has no linear layer; dynamic quantization is for those: use quantize(activations='static').")
+            if not linear and not placement.recurrent:
+                raise TaskError("The network has no linear layer or LSTM; dynamic quantization is for those: use quantize(activations='static').")
             quantize_dynamically(plain, placement, linear)
+            compute_dynamically(plain, placement)
         self._quantize_weights(plain, placement, {})
         plain.recompile()
         return plain
