@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 
 import fashion
+import quantization_lstm
 import quantization_models
 from rows import Row, main
 from training_fashion import EXAMPLE, LENET_EPOCHS, dense, score, task_of
@@ -34,8 +35,8 @@ def lenet(seed: int) -> Iterator[Row]:
         yield Row(f"{bits} bits, GPTQ, in order", lambda technique=solved: technique(start, task), score)
 
 
-CASES = {"lenet": lenet, **quantization_models.CASES}
-SEEDS = {**dict.fromkeys(quantization_models.CASES, (0,)), "lenet": (0, 1, 2)}
+CASES = {"lenet": lenet, **quantization_lstm.CASES, **quantization_models.CASES}
+SEEDS = {**dict.fromkeys(CASES, (0,)), "lenet": (0, 1, 2)}
 
 if __name__ == "__main__":
     sys.exit(main((__doc__ or "").partition("\n")[0], CASES, SEEDS, "runs/quantization/results.json"))
