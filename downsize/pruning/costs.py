@@ -175,7 +175,8 @@ SIZES: dict[str, Sizes] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed),
     "linear": _linear, **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot"), _matmul(0)), **dict.fromkeys(("addmm", "addmv", "baddbmm"), _matmul(1)),
-    "scaled_dot_product_attention": _attention, **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent), "einsum": _einsum,
+    "scaled_dot_product_attention": _attention, "einsum": _einsum,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu", "dynamic_lstm"), _recurrent),
     "outer": _outer,
 }  # fmt: skip
 

@@ -88,6 +88,10 @@ class Devices:
             for tensor, value in zip(some, joined.split([tensor.numel() for tensor in some]), strict=True):
                 tensor.copy_(value.view_as(tensor))
 
+    def wait(self) -> None:
+        """Nobody goes on before all have come here."""
+        self.any(False)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
         if self.count == 1:

@@ -179,6 +179,7 @@ class _Run:
                     self._save()
                     saved = time.monotonic()
                 if stop:
+                    self.devices.wait()  # who goes on in this process must not find the checkpoint before
                     self.progress.say(f"stopped behind step {self.learner.step} of {self.learner.steps}")
                     raise KeyboardInterrupt
         return self._result()
@@ -359,6 +360,7 @@ class _Run:
     def _result(self) -> Network:
         """The best state, batch norms measured again where that was asked for and helps."""
         self._save()
+        self.devices.wait()
         best = self.best if self.best.chosen else Best(self._current(), None, self.learner.step)
         made, score = self._made(best.tensors), best.score
         if self.settings.renormalise:
