@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pruning_models import SUBJECTS, Subject, recorded
+from pruning_models import SUBJECTS, Subject
 from rows import Quality, Row
 from training_data import sentence_batches
+from training_real import quality_of
 
 from downsize.network.capture import capture
 from downsize.network.network import Network
@@ -22,7 +23,6 @@ from downsize.techniques.quantize import Quantize
 
 KEPT = Path(__file__).parent.parent / "runs" / "quantization"
 SAMPLES = 400  # of the calibration sentences, for ranges of activations
-Predict = Callable[[Any], Any]
 
 
 def task_of(subject: Subject) -> Task:
@@ -39,18 +39,7 @@ def judge_of(task: Task, subject: Subject) -> Callable[[Any], Quality]:
             with tempfile.TemporaryDirectory() as folder:
                 write(made, Path(folder, "model.onnx"))
                 return judge(Path(folder, "model.onnx"))
-        return {"MB": made.stat().st_size / 1e6} | quality(open_artifact(made, "onnxruntime", 1))
-
-    def quality(predict: Predict) -> Quality:
-        found: Quality = {}
-        for role, batches in subject.judged.items():
-            expected, came, known = [], [], []
-            for inputs, classes, wanted in recorded(task.model, batches()):
-                expected.append(wanted)
-                came.append(np.asarray(predict(inputs)))
-                known.append(classes)
-            found |= {f"{name}, {role}": value for name, value in subject.quality(expected, came, known).items()}
-        return found
+        return {"MB": made.stat().st_size / 1e6} | quality_of(open_artifact(made, "onnxruntime", 1), task, subject)
 
     return judge
 

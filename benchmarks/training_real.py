@@ -39,21 +39,22 @@ def pruned(original: Network, task: Task, technique: Prune) -> Network:
     return Network.load(file)
 
 
+def quality_of(predict: Callable[[Any], Any], task: Task, subject: Subject) -> dict[str, float]:
+    """The subject's figures of what a file predicts, on all its data."""
+    found: dict[str, float] = {}
+    for role, batches in subject.judged.items():
+        expected, came, known = [], [], []
+        for inputs, classes, wanted in recorded(task.model, batches()):
+            expected.append(wanted)
+            came.append(np.asarray(predict(inputs)))
+            known.append(classes)
+        found |= {f"{name}, {role}": value for name, value in subject.quality(expected, came, known).items()}
+    return found
+
+
 def judge_of(task: Task, subject: Subject) -> Callable[[Network], dict[str, float]]:
     """The subject's figures of the written file, on all its data."""
-
-    def judged(predict: Callable[[Any], Any]) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for role, batches in subject.judged.items():
-            expected, came, known = [], [], []
-            for inputs, classes, wanted in recorded(task.model, batches()):
-                expected.append(wanted)
-                came.append(np.asarray(predict(inputs)))
-                known.append(classes)
-            found |= {f"{name}, {role}": value for name, value in subject.quality(expected, came, known).items()}
-        return found
-
-    return lambda network: measured(network, subject.sample(), judged)
+    return lambda network: measured(network, subject.sample(), lambda predict: quality_of(predict, task, subject))
 
 
 def lite0(seed: int) -> Iterator[Row]:
