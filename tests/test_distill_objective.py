@@ -20,6 +20,8 @@ from downsize.structure import flatten
 from downsize.task import Task
 from downsize.techniques.distill import Distill
 from downsize.training.branches import Branches
+from downsize.training.distillation import Distillation
+from downsize.training.norms import to_training
 from downsize.training.objective import Batch
 from downsize.training.outputs import class_dimension
 from downsize.training.pairing import layers
@@ -224,6 +226,34 @@ def test_hints_to_a_wider_teacher_train_a_layer_of_their_own():
     assert sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad) == 8 * 4 + 8 + 12 * 6 + 12
     loss, *_ = loss_of(Distill(features="hint"), student, task_of(model, [(images()(6), None)]))
     assert loss.requires_grad
+
+
+def convolutions(width: int, seed: int) -> nn.Module:
+    """Three convolutions with batch norms that have seen no data, of weights so small that without them next to nothing is left."""
+    torch.manual_seed(seed)
+    parts = [[nn.Conv2d(before, width, 3), nn.BatchNorm2d(width), nn.ReLU()] for before in (3, width, width)]
+    model = nn.Sequential(*(layer for part in parts for layer in part), nn.Flatten(), nn.Linear(width * 4, 5)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.05 if parameter.dim() == 4 else 1)
+    return model
+
+
+def test_hints_of_random_weights_start_below_the_loss_of_saying_nothing():
+    """Predicting zeros has a relative error of 1; regressors of least squares on the values that training gives have less."""
+    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    teacher = convolutions(12, 0)
+    with torch.no_grad():
+        teacher.train()(images)
+    task = task_of(teacher.eval(), [(images, None)])
+    student = capture(convolutions(6, 1), images)
+    objective = Distill(features="hint").objective(student, task)
+    trained = student.copy()
+    to_training(trained, "train", lambda name: False)
+    values = with_values(trained, objective.taps).graph_module(images)
+    assert isinstance(objective, Distillation) and objective.features is not None
+    inner = objective.features(dict(zip(objective.taps, values[1:], strict=True)), objective.teacher(images)[1], None)
+    assert 0 < float(inner.detach()) < 1
 
 
 def text_task(model: nn.Module, fill: int) -> Task:

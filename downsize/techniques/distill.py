@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from ..errors import SpecError, nearest
 from ..network.capture import capture
 from ..network.network import Network
+from ..pruning.renormalise import reestimate_batch_norms
 from ..spec import frozen
 from ..task import Task
 from ..training.distillation import Distillation, calibration
@@ -117,10 +119,18 @@ class Distill(Training):
         taught = Teacher(teacher.predict, name=name)
         if self.features != "none" and self.feature_weight > 0:
             inside = teacher.network().fork().eval()
-            inner = features(self.features, student, inside, pieces, teacher.alike, port)
+            inner = features(self.features, self._as_trained(student, pieces), inside, pieces, teacher.alike, port)
             taught = Teacher(teacher.predict, inside, inner.teacher_taps, name)
         made = Distillation(student, task, taught, self.outputs, self.temperature, self.weight, inner, self.feature_weight, port)
         return made.with_branches(layers(student), self.branches, self.seed) if self.branches else made
+
+    def _as_trained(self, student: Network, pieces: Sequence[list[Tensor]]) -> Network:
+        """A fork with batch norms measured on these pieces, as they are in training: beside random weights their own statistics say nothing, and
+        regressors fitted to values of another size would start far off."""
+        made = student.fork()
+        if self.norms == "train":
+            reestimate_batch_norms(made, pieces)
+        return made
 
     def _student(self, network: Network, task: Task) -> Network:
         if self.student is None:
