@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 from torch import Tensor
 
 # Added to the diagonal of every covariance, as a part of its mean: directions that the data leave open are then ordered by the weight.
@@ -186,7 +186,7 @@ def evbmf_rank(weight: Tensor) -> int:
         return 0
     squares = torch.linalg.svdvals(weight.double()).square().numpy() / long
     alpha = short / long
-    least = float(brentq(lambda tau: _evidence(tau) + _evidence(tau / alpha), 1e-6, 100.0))
+    least = float(root_scalar(lambda tau: _evidence(tau) + _evidence(tau / alpha), bracket=(1e-6, 100.0)).root)
     threshold = (1 + least) * (1 + alpha / least)
     most = squares.mean()
     if most <= 0:
