@@ -20,7 +20,7 @@ LAYERS = (
     ("numerics/",),
     ("scores", "inputs", "task"),
     ("network/",),
-    ("quantization/", "pruning/", "training/"),
+    ("quantization/", "pruning/", "factoring/", "training/"),
     ("techniques/",),
     ("runtimes/",),
     ("measure/",),

@@ -1,0 +1,146 @@
+"""The layers of a network that can be replaced by factors, and why the others cannot."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportReturnType=false, reportGeneralTypeIssues=false
+# (torch.fx types every argument as a union of everything)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ..network.columns import MATRIX_LAYERS
+from ..network.lower_weights import PRODUCTS
+from ..network.memory import is_written
+from ..network.network import Network
+from ..network.rewrite import CONVOLUTIONS, TRANSPOSED, add_constant, argument, aten, constant
+from ..numerics.lowrank_convolutions import Convolution
+
+KINDS = {aten.linear.default: "linear", aten.conv1d.default: "conv", aten.conv2d.default: "conv", aten.embedding.default: "embedding"}
+# Of these a reason is told where they are left as they are.
+LAYERS = {*KINDS, *CONVOLUTIONS, *TRANSPOSED, *PRODUCTS, aten.conv2d.padding, aten.conv1d.padding}
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear layer, convolution or embedding, or several nodes that use one weight in the same way.
+
+    ``readers``: the names of the nodes, in the graph's order; ``dense``: what they compute, a linear layer or table as a convolution
+    without a kernel, weight [outputs, inputs] (of a table [tokens, width]). ``shifts``: it has a bias, or may be given one.
+    """
+
+    name: str
+    kind: str
+    readers: tuple[str, ...]
+    dense: Convolution
+
+    @property
+    def width(self) -> int:
+        """The outputs."""
+        return self.dense.weight.shape[1 if self.kind == "embedding" else 0]
+
+
+def layers_of(network: Network, what: Sequence[str]) -> tuple[list[Layer], dict[str, str]]:
+    """The layers of these kinds (``linear``, ``conv``, ``embedding``), in the graph's order; and by name of node why others are left."""
+    readings: dict[int, list[fx.Node]] = {}
+    for node in network.graph.nodes:
+        if node.op == "get_attr":
+            readings.setdefault(id(network.tensor(str(node.target))), []).extend(node.users)
+    rank = {node: number for number, node in enumerate(network.graph.nodes)}
+    found: dict[int, Layer] = {}
+    left: dict[str, str] = {}
+    for node in network.graph.nodes:
+        if node.target not in LAYERS or KINDS.get(node.target, what[0]) not in what:
+            continue
+        weight = constant(network, node.args[_position(node)])
+        reason = _reason(network, node, weight, readings.get(id(weight), []))
+        if reason:
+            left[node.name] = reason
+        elif id(weight) not in found:
+            readers = sorted(readings[id(weight)], key=rank.__getitem__)
+            found[id(weight)] = Layer(str(weight_node(node).target), KINDS[node.target], tuple(one.name for one in readers), _dense(node, weight))
+    return list(found.values()), left
+
+
+def weight_node(node: fx.Node) -> fx.Node:
+    """The node that gives a layer its weight or table."""
+    return node.args[_position(node)]
+
+
+def input_node(node: fx.Node) -> fx.Node:
+    """The node that gives a layer its input."""
+    return node.args[1 - _position(node)]
+
+
+def _position(node: fx.Node) -> int:
+    return 0 if node.target is aten.embedding.default else 1
+
+
+def _reason(network: Network, node: fx.Node, weight: Tensor | None, readers: Sequence[fx.Node]) -> str:
+    """Why a node cannot be factored; empty where it can."""
+    if node.target not in KINDS:
+        return f"{node.target} has no factored form here"
+    if weight is None:
+        return "its weight is computed"
+    if not weight.is_floating_point():
+        return f"its weight is of {str(weight.dtype).removeprefix('torch.')}"
+    if is_written(weight_node(node)):
+        return "its weight is written into"
+    names = {str(one.target) for one in network.graph.nodes if one.op == "get_attr" and network.tensor(str(one.target)) is weight}
+    if names & network.sparse.keys():
+        return "the zeros of its weight must stay: factorize first, then sparsify"
+    alike = all(one.target is node.target and constant(network, weight_node(one)) is weight and one.args[3:] == node.args[3:] for one in readers)
+    if not alike:
+        return "its weight is read in other ways, too"
+    bias = None if node.target is aten.embedding.default else argument(node, 2, "bias")
+    return "its bias is computed" if bias is not None and constant(network, bias) is None else ""
+
+
+def _dense(node: fx.Node, weight: Tensor) -> Convolution:
+    if node.target not in CONVOLUTIONS:
+        return Convolution(weight.detach(), (), (), (), 1)
+    dims = weight.dim() - 2
+    stride, padding, dilation = (
+        _each(argument(node, place, name, default), dims) for place, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+    )
+    return Convolution(weight.detach(), stride, padding, dilation, int(argument(node, 6, "groups", 1)))
+
+
+def _each(value: object, dims: int) -> tuple[int, ...]:
+    values = [value] if isinstance(value, int) else list(value)
+    return tuple(values * dims if len(values) == 1 else values)
+
+
+def joined(network: Network, layers: Sequence[Layer]) -> list[tuple[Layer, ...]]:
+    """The layers in groups: linear layers that read the same value, and each other one alone."""
+    nodes = {node.name: node for node in network.graph.nodes}
+    groups: dict[object, list[Layer]] = {}
+    for layer in layers:
+        alone = layer.kind != "linear" or len(layer.readers) > 1
+        groups.setdefault(layer.name if alone else input_node(nodes[layer.readers[0]]), []).append(layer)
+    return [tuple(group) for group in groups.values()]
+
+
+def say_as_linear(network: Network) -> None:
+    """Products with a constant matrix (``addmm``, ``mm``, ``matmul``) become linear layers with the transposed weight, in place, where nothing
+    else reads the matrix and its zeros need not stay."""
+    for node in list(network.graph.nodes):
+        if node.target in MATRIX_LAYERS or node.target not in PRODUCTS or node.kwargs:
+            continue
+        source, at_weight, at_bias, _ = PRODUCTS[node.target]
+        matrix = constant(network, node.args[at_weight])
+        own = [user for one in network.graph.nodes if one.op == "get_attr" and network.tensor(str(one.target)) is matrix for user in one.users]
+        bias = constant(network, node.args[at_bias]) if at_bias is not None else None
+        plain = matrix is not None and matrix.dim() == 2 and own == [node] and (at_bias is None or (bias is not None and bias.dim() == 1))
+        name = str(node.args[at_weight].target) if plain else ""
+        if not plain or name in network.sparse:
+            continue
+        turned = matrix.detach().T.contiguous()
+        turned = torch.nn.Parameter(turned, matrix.requires_grad) if isinstance(matrix, torch.nn.Parameter) else turned
+        weight = add_constant(network, f"{name.removesuffix('.weight')}.transposed.weight", turned, node)
+        node.args = (node.args[source], weight, *([node.args[at_bias]] if at_bias is not None else []))
+        node.target = aten.linear.default
+    network.recompile()

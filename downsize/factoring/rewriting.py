@@ -1,0 +1,100 @@
+"""A layer's factors as plain nodes of the graph."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from ..network.network import Network
+from ..network.parts import assign, legal_name
+from ..network.rewrite import argument, aten, constant, set_bias
+from ..numerics.lowrank_convolutions import Convolution
+from .layers import Layer, input_node
+
+PLACES = ("first", "second", "third", "fourth", "fifth")
+# By the dimensions of the weight.
+OPERATORS = {2: aten.linear.default, 3: aten.conv1d.default, 4: aten.conv2d.default}
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """What takes a layer's place: factors, applied in order with nothing between, and what is added to the bias ([outputs]).
+
+    Of an embedding the first factor is the narrow table, [tokens, rank]. Layers that read the same value may have the same first factor.
+    """
+
+    layer: Layer
+    factors: tuple[Convolution, ...]
+    shift: Tensor
+
+
+def put(network: Network, products: Sequence[Product]) -> None:
+    """Replace layers by their factors, in place: ``fc.weight`` makes way for ``fc.first.weight`` and ``fc.second.weight``.
+
+    The last factor keeps the name of the layer's node and its bias; the others stand before it. A first factor that several products have
+    (the same object) is one node, before the first of them.
+    """
+    writer = _Writer(network)
+    rank = {node.name: number for number, node in enumerate(network.graph.nodes)}
+    nodes = {node.name: node for node in network.graph.nodes}
+    calls = [(nodes[name], product) for product in products for name in product.layer.readers]
+    for node, product in sorted(calls, key=lambda call: rank[call[0].name]):
+        writer.replace(node, product)
+    network.recompile()
+
+
+class _Writer:
+    """Writes factors into a graph: each tensor, and each first factor of several layers, once."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.names = {name for name, _ in network.named_tensors()}
+        self.constants: dict[int, fx.Node] = {}
+        self.calls: dict[tuple[int, fx.Node], fx.Node] = {}
+
+    def replace(self, node: fx.Node, product: Product) -> None:
+        """One call of a layer."""
+        name, value, is_table = product.layer.name, input_node(node), product.layer.kind == "embedding"
+        old, rest = self.network.tensor(name), node.args[2:]
+        for place, factor in zip(PLACES, product.factors[:-1], strict=False):
+            if (id(factor), value) not in self.calls:
+                weight = self.constant(name, place, factor, old, node)
+                args = (weight, value, *rest) if is_table else (value, weight, None, *geometry(factor))
+                with self.network.graph.inserting_before(node):
+                    made = self.network.graph.call_function(aten.embedding.default if is_table else OPERATORS[factor.weight.dim()], args)
+                made.meta = {key: node.meta[key] for key in ("module", "source") if key in node.meta}
+                self.calls[id(factor), value] = made
+            value, is_table = self.calls[id(factor), value], False
+        weight = self.constant(name, PLACES[len(product.factors) - 1], product.factors[-1], old, node)
+        bias = None if node.target is aten.embedding.default else argument(node, 2, "bias")
+        node.target = OPERATORS[product.factors[-1].weight.dim()]
+        node.args, node.kwargs = (value, weight, bias, *geometry(product.factors[-1])), {}
+        if bool(product.shift.any()):
+            shift = product.shift if bias is None else constant(self.network, bias).detach().double() + product.shift
+            set_bias(self.network, node, shift.to(old.dtype))
+
+    def constant(self, name: str, place: str, factor: Convolution, old: Tensor, before: fx.Node) -> fx.Node:
+        """The node that reads a factor's weight: trainable, and of the type, as the layer's was."""
+        if id(factor) not in self.constants:
+            base = name.removesuffix(".weight")
+            unique = legal_name(f"{base}.{place}.weight" if base != name else f"{name}_{place}", self.names)
+            self.names.add(unique)
+            tensor = factor.weight.detach().to(old.dtype).contiguous()
+            tensor = torch.nn.Parameter(tensor, old.requires_grad) if isinstance(old, torch.nn.Parameter) else tensor
+            assign(self.network.graph_module, unique, tensor)
+            with self.network.graph.inserting_before(before):
+                self.constants[id(factor)] = self.network.graph.get_attr(unique)
+            self.constants[id(factor)].meta = {key: before.meta[key] for key in ("module", "source") if key in before.meta}
+        return self.constants[id(factor)]
+
+
+def geometry(factor: Convolution) -> tuple[object, ...]:
+    """Stride, padding, dilation and groups as arguments of a convolution; nothing for a linear layer."""
+    if factor.weight.dim() == 2:
+        return ()
+    return (list(factor.stride), list(factor.padding), list(factor.dilation), factor.groups)
