@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from .runtimes import open_artifact as open
     from .target import Target
     from .task import Task
+    from .techniques.compensate import Compensate as compensate
     from .techniques.distill import Distill as distill
+    from .techniques.factorize import Factorize as factorize
     from .techniques.finetune import Finetune as finetune
     from .techniques.halve import Halve as halve
     from .techniques.prune import Prune as prune
@@ -40,7 +42,9 @@ __all__ = [
     "Verdict",
     "__version__",
     "capture",
+    "compensate",
     "distill",
+    "factorize",
     "finetune",
     "fit",
     "halve",
@@ -64,7 +68,9 @@ FACE = {
     "Verdict": "facts.Verdict",
     "__version__": "facts.VERSION",
     "capture": "network.capture.capture",
+    "compensate": "techniques.compensate.Compensate",
     "distill": "techniques.distill.Distill",
+    "factorize": "techniques.factorize.Factorize",
     "finetune": "techniques.finetune.Finetune",
     "fit": "planner.fit",
     "halve": "techniques.halve.Halve",

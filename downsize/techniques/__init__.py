@@ -1,5 +1,6 @@
 """Techniques: each a frozen dataclass whose call turns a Network into a Network."""
 
+from .compensate import Compensate
 from .distill import Distill
 from .factorize import Factorize
 from .finetune import Finetune
@@ -15,5 +16,6 @@ TECHNIQUES = {
     "distill": Distill,
     "sparsify": Sparsify,
     "quantize": Quantize,
+    "compensate": Compensate,
     "halve": Halve,
 }
