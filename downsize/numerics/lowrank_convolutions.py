@@ -17,11 +17,11 @@ from .lowrank_cp import cp
 from .lowrank_fitting import Goal, goal_of
 from .lowrank_solvers import Solver, Weights, channel, separable, spatial, tucker
 
-# A form is tried at no more ranks than this; Tucker's two ranks at this many each.
-LEVELS = 10
-TUCKER_LEVELS = 6
-# How far apart the kept parts of inputs and outputs may be.
-TUCKER_SPREAD = 0.2
+# Tucker's ranks: how far apart the kept parts of inputs and outputs may be.
+SPREAD = 0.2
+
+# Outputs and inputs of a group, height and width of the kernel (height 1 for one direction).
+Shape = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,25 +85,40 @@ class Form:
     """One way to split a convolution.
 
     parts: for each factor the directions its kernel has, and whether it reads each channel apart (depthwise). sizes: from outputs, inputs,
-    height and width to the weights of each factor of one group at some ranks. tried: the ranks worth trying, before costs. solver: from
-    the goal of a group to its weights at some ranks; what all ranks share is computed once.
+    height and width to the weights of each factor of one group at some ranks. most: from those to the largest ranks, at which nothing is
+    lost; empty where the form does not apply. solver: from the goal of a group to its weights at some ranks; what all ranks share is
+    computed once. count: at how many values of each rank the form is worth trying. grained: whether its ranks are numbers of channels.
     """
 
     parts: tuple[tuple[str, bool], ...]
-    sizes: Callable[[tuple[int, int, int, int], tuple[int, ...]], tuple[int, ...]]
-    tried: Callable[[tuple[int, int, int, int], int], list[tuple[int, ...]]]
+    sizes: Callable[[Shape, tuple[int, ...]], tuple[int, ...]]
+    most: Callable[[Shape], tuple[int, ...]]
     solver: Callable[[Goal], Solver]
+    count: int = 10
+    grained: bool = True
 
     def ranks(self, conv: Convolution, multiple: int = 1) -> list[tuple[int, ...]]:
-        """The ranks of each group worth trying, falling in cost: multiples, with fewer weights or fewer multiply-accumulates than the layer.
+        """The ranks of each group worth trying, falling in cost: with fewer weights or fewer multiply-accumulates than the layer.
 
-        The multiple is halved for a layer that has not room for two. Nothing where the form does not apply: see the forms below.
+        The ranks of all groups together are multiples, of half as much for a layer that has not room for two. Nothing where the form does
+        not apply: to depthwise convolutions, to 1 x 1 kernels (but for ``channel``), and ``spatial`` to kernels of size 1 in one direction.
         """
         shape = _shape(conv)
-        if shape[1] == 1:
-            return []
+        grain = max(1, multiple // conv.groups) if self.grained else 1
+        axes = [[(rank,) for rank in _multiples(most, grain)] for most in self._most(conv)]
+        if len(axes) == 1:
+            return _thinned(self._paying(conv, axes[0]), self.count)
+        pairs = [(r, s) for (r,) in _thinned(axes[0], self.count) for (s,) in _thinned(axes[1], self.count)] if axes else []
+        return self._paying(conv, [(r, s) for r, s in pairs if abs(r / shape[1] - s / shape[0]) <= SPREAD])
+
+    def _most(self, conv: Convolution) -> tuple[int, ...]:
+        depthwise = conv.groups > 1 and conv.weight.shape[1] == 1
+        return () if depthwise else self.most(_shape(conv))
+
+    def _paying(self, conv: Convolution, tried: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Those of the ranks that cost less than the layer, falling in cost."""
         dense = self._costs(conv, None)
-        found = {ranks: self._costs(conv, ranks) for ranks in self.tried(shape, max(1, multiple // conv.groups))}
+        found = {ranks: self._costs(conv, ranks) for ranks in tried}
         paying = [ranks for ranks, costs in found.items() if costs[0] < dense[0] or costs[1] < dense[1]]
         return sorted(paying, key=lambda ranks: (*found[ranks], ranks), reverse=True)
 
@@ -118,7 +133,8 @@ class Form:
         Raises:
             ValueError: the shapes do not fit, or the form does not apply to the layer.
         """
-        if not self.tried(_shape(conv), 1) or conv.weight.shape[1] == 1:
+        most = self._most(conv)
+        if not most:
             raise ValueError(f"a kernel {list(conv.weight.shape)} in {conv.groups} groups came; this form does not apply to it: ranks() is empty.")
         if gram is not None and gram.dim() == 2:
             gram = gram[None]
@@ -127,7 +143,13 @@ class Form:
         weights = (conv.weight if conv.weight.dim() == 4 else conv.weight[:, :, None]).chunk(conv.groups)
         goals = [goal_of(weight, None if gram is None else gram[number], damping) for number, weight in enumerate(weights)]
         solvers = [self.solver(goal) for goal in goals]
-        return lambda ranks: self._joined(conv, goals, [solver(ranks) for solver in solvers])
+
+        def factored(ranks: tuple[int, ...]) -> Factored:
+            if len(ranks) != len(most) or not all(1 <= rank <= limit for rank, limit in zip(ranks, most, strict=True)):
+                raise ValueError(f"ranks {ranks} came for a kernel {list(conv.weight.shape)} in {conv.groups} groups; expected 1 to {most}.")
+            return self._joined(conv, goals, [solver(ranks) for solver in solvers])
+
+        return factored
 
     def factor(self, conv: Convolution, ranks: tuple[int, ...], gram: Tensor | None = None, damping: float = 0.0) -> Factored:
         """The factors at one tuple of ranks; see :meth:`prepare`."""
@@ -158,8 +180,7 @@ class Form:
         return float(sum(sizes)), macs
 
 
-def _shape(conv: Convolution) -> tuple[int, int, int, int]:
-    """Outputs and inputs of a group, height and width of the kernel (height 1 for one direction)."""
+def _shape(conv: Convolution) -> Shape:
     height, width = (1, *conv.kernel)[-2:]
     return conv.weight.shape[0] // conv.groups, conv.weight.shape[1], height, width
 
@@ -175,67 +196,67 @@ def _part(conv: Convolution, weight: Tensor, axes: str, groups: int) -> Convolut
     return Convolution(weight.contiguous(), of(conv.stride, 1), of(conv.padding, 0), of(conv.dilation, 1), groups)
 
 
-def levels(most: int, multiple: int, count: int = LEVELS) -> list[int]:
-    """Multiples up to ``most``, at most ``count`` of them, denser where they are small."""
+def _multiples(most: int, multiple: int) -> list[int]:
+    """Those up to ``most``; of half as much where there are not two."""
     while multiple > 1 and most < 2 * multiple:
         multiple = (multiple + 1) // 2
-    steps = most // multiple
-    if steps <= count:
-        return [multiple * step for step in range(1, steps + 1)]
-    return sorted({multiple * max(1, round(steps * ((i + 1) / count) ** 1.5)) for i in range(count)})
+    return list(range(multiple, most + 1, multiple))
 
 
-Shape = tuple[int, int, int, int]
+def _thinned(ranks: list[tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
+    """At most so many of them, the first and the last among them."""
+    if len(ranks) <= count:
+        return ranks
+    return [ranks[round(i * (len(ranks) - 1) / (count - 1))] for i in range(count)]
 
 
-def _channel_ranks(shape: Shape, multiple: int) -> list[tuple[int, ...]]:
+def _most_channel(shape: Shape) -> tuple[int, ...]:
     outputs, inputs, height, width = shape
-    return [(rank,) for rank in levels(min(outputs, inputs * height * width), multiple)]
+    return (min(outputs, inputs * height * width),)
 
 
-def _spatial_ranks(shape: Shape, multiple: int) -> list[tuple[int, ...]]:
+def _most_spatial(shape: Shape) -> tuple[int, ...]:
     outputs, inputs, height, width = shape
-    return [(rank,) for rank in levels(min(inputs * height, outputs * width), multiple)] if min(height, width) > 1 else []
+    return (min(inputs * height, outputs * width),) if min(height, width) > 1 else ()
 
 
-def _tucker_ranks(shape: Shape, multiple: int) -> list[tuple[int, ...]]:
+def _most_tucker(shape: Shape) -> tuple[int, ...]:
     outputs, inputs, height, width = shape
-    if max(height, width) == 1:
-        return []
-    read, given = (levels(channels, multiple, TUCKER_LEVELS) for channels in (inputs, outputs))
-    pairs = [(r, s) for r in read for s in given if s <= r * height * width and r <= s * height * width]
-    return [(r, s) for r, s in pairs if abs(r / inputs - s / outputs) <= TUCKER_SPREAD]
+    return (inputs, outputs) if height * width > 1 else ()
 
 
-def _cp_ranks(shape: Shape, multiple: int) -> list[tuple[int, ...]]:
+def _most_cp(shape: Shape) -> tuple[int, ...]:
     outputs, inputs, height, width = shape
-    if max(height, width) == 1:
-        return []
-    # Beyond, even a tensor of full rank costs less as it is.
-    return [(rank,) for rank in levels(prod(shape) // (outputs + inputs + height + width), multiple)]
+    return (min(outputs, inputs) * height * width,) if height * width > 1 else ()
 
 
-def _separable_ranks(shape: Shape, multiple: int) -> list[tuple[int, ...]]:
+def _most_separable(shape: Shape) -> tuple[int, ...]:
     outputs, _, height, width = shape
-    return [(rank,) for rank in range(1, min(outputs, height * width) + 1)] if height * width > 1 else []
+    return (min(outputs, height * width),) if height * width > 1 else ()
 
 
-# What each form does not apply to: channel, nothing; spatial, kernels of one direction or of size 1 in one; the others, 1 x 1 kernels. And
-# none to depthwise convolutions.
 FORMS = {
-    "channel": Form((("yx", False), ("", False)), lambda s, r: (r[0] * s[1] * s[2] * s[3], s[0] * r[0]), _channel_ranks, channel),
-    "spatial": Form((("y", False), ("x", False)), lambda s, r: (r[0] * s[1] * s[2], s[0] * r[0] * s[3]), _spatial_ranks, spatial),
+    "channel": Form((("yx", False), ("", False)), lambda s, r: (r[0] * s[1] * s[2] * s[3], s[0] * r[0]), _most_channel, channel),
+    "spatial": Form((("y", False), ("x", False)), lambda s, r: (r[0] * s[1] * s[2], s[0] * r[0] * s[3]), _most_spatial, spatial),
     "tucker": Form(
-        (("", False), ("yx", False), ("", False)),
-        lambda s, r: (r[0] * s[1], r[1] * r[0] * s[2] * s[3], s[0] * r[1]),
-        _tucker_ranks,
-        tucker,
+        parts=(("", False), ("yx", False), ("", False)),
+        sizes=lambda s, r: (r[0] * s[1], r[1] * r[0] * s[2] * s[3], s[0] * r[1]),
+        most=_most_tucker,
+        solver=tucker,
+        count=6,
     ),
     "cp": Form(
-        (("", False), ("y", True), ("x", True), ("", False)),
-        lambda s, r: (r[0] * s[1], r[0] * s[2], r[0] * s[3], s[0] * r[0]),
-        _cp_ranks,
-        cp,
+        parts=(("", False), ("y", True), ("x", True), ("", False)),
+        sizes=lambda s, r: (r[0] * s[1], r[0] * s[2], r[0] * s[3], s[0] * r[0]),
+        most=_most_cp,
+        solver=cp,
+        count=6,
     ),
-    "separable": Form((("yx", True), ("", False)), lambda s, r: (s[1] * r[0] * s[2] * s[3], s[0] * s[1] * r[0]), _separable_ranks, separable),
+    "separable": Form(
+        parts=(("yx", True), ("", False)),
+        sizes=lambda s, r: (s[1] * r[0] * s[2] * s[3], s[0] * s[1] * r[0]),
+        most=_most_separable,
+        solver=separable,
+        grained=False,
+    ),
 }

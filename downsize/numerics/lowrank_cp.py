@@ -9,35 +9,30 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from .lowrank_fitting import RIDGE, Goal, Pair, improved, last_factor
-from .lowrank_solvers import SPATIAL, Solver, Weights, even
+from .lowrank_fitting import RIDGE, Goal, descended, last_factor, two_sided
+from .lowrank_solvers import Solver, Weights, even
 
-# Each inner factor beside what the other three give together.
-INNER = {
-    "i": Pair("ri,qryx->qiyx", "", "iyxjyx->ij", batch=0, columns=1),
-    "y": Pair("ry,qrix->qiyx", "", "iyxiux->yu", batch=0, columns=1),
-    "x": Pair("rx,qriy->qiyx", "", "iyxiyu->xu", batch=0, columns=1),
-}
+# How the covariance of one direction comes from that of all, summed over the taps of the others.
+BLOCKS = {"i": "iyxjyx->ij", "y": "iyxiux->yu", "x": "iyxiyu->xu"}
 BASIS = "ri,ry,rx->riyx"
 # The energies of the terms add up to no more than so many times that of their sum.
 CANCELLING = 10.0
 RIDGES = (RIDGE, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-# Rounds for each start, and more for the best of them; fewer when one takes away less than this part of the error.
-TRIAL_ROUNDS, ROUNDS, LEAST_GAIN = 2, 6, 0.02
+# At most so many rounds; fewer when one takes away less than this part of the error.
+ROUNDS, LEAST_GAIN = 8, 0.02
 
 Vectors = dict[str, Tensor]
 
 
 def cp(goal: Goal) -> Solver:
     """1 x 1 to r channels, then height x 1 and 1 x width for each channel alone, then 1 x 1."""
-    starts = (_slices(goal), _products(goal))
-    blocks = {letter: pair.blocks(goal) for letter, pair in INNER.items()}
+    start = _slices(goal)
+    blocks = {letter: torch.einsum(block, goal.taps) for letter, block in BLOCKS.items()}
 
     def solve(ranks: tuple[int, ...]) -> Weights:
-        tried = [_rounds(goal, blocks, _solved(goal, {letter: part[: ranks[0]] for letter, part in start.items()}), TRIAL_ROUNDS) for start in starts]
-        best = min(tried, key=lambda found: found[1])
-        vectors, last = _rounds(goal, blocks, best, ROUNDS)[0]
+        vectors, last = _rounds(goal, blocks, _solved(goal, {letter: part[: ranks[0]] for letter, part in start.items()}))[0]
         basis = torch.einsum(BASIS, *vectors.values()).flatten(1)
         given = torch.einsum("ri,ij,rj->r", vectors["i"], blocks["i"], vectors["i"]).clamp(min=0) / (goal.weight[0, 0].numel() * goal.positions)
         size = even(given.sqrt(), last.norm(dim=0))
@@ -51,26 +46,44 @@ def cp(goal: Goal) -> Solver:
 Found = tuple[tuple[Vectors, Tensor], float]
 
 
-def _rounds(goal: Goal, blocks: Vectors, found: Found, rounds: int) -> Found:
-    for _ in range(rounds):
+def _rounds(goal: Goal, blocks: Vectors, found: Found) -> Found:
+    """Rounds of alternating least squares, each followed by a longer step in its direction, which is kept where the error falls."""
+    stride = 1.0
+    for _ in range(ROUNDS):
         (vectors, last), error = found
         outer, reduced = torch.linalg.qr(last) if last.shape[1] < len(last) else (torch.eye(len(last), dtype=last.dtype), last)
-        vectors = dict(vectors)
-        for letter, pair in INNER.items():
-            if vectors[letter].shape[1] == 1:
-                continue
-            others = [part for other, part in vectors.items() if other != letter]
-            letters = [other for other in vectors if other != letter]
-            rest = torch.einsum(f"qr,r{letters[0]},r{letters[1]}->qr{''.join(letters)}", reduced, *others)
-            vectors[letter] = improved(goal, pair, vectors[letter], outer, rest, blocks[letter])
-            length = vectors[letter].norm(dim=1).clamp(min=torch.finfo(last.dtype).tiny)
-            vectors[letter], reduced = vectors[letter] / length[:, None], reduced * length
-        changed = _solved(goal, vectors)
-        if changed[1] < error:
-            found = changed
-        if error - changed[1] <= LEAST_GAIN * error:
+        moved = dict(vectors)
+        for letter, block in blocks.items():
+            if len(block) > 1:
+                part = _moved(goal, moved, letter, outer, reduced, block)
+                length = part.norm(dim=1).clamp(min=torch.finfo(last.dtype).tiny)
+                moved[letter], reduced = part / length[:, None], reduced * length
+        changed = _solved(goal, moved)
+        far = {letter: normalize(part + stride * (part - vectors[letter]), dim=1) for letter, part in moved.items()}
+        further = _solved(goal, far)
+        stride = stride * 1.5 if further[1] < changed[1] else stride / 2
+        found = min(found, changed, further, key=lambda one: one[1])
+        if error - found[1] <= LEAST_GAIN * error:
             break
     return found
+
+
+def _moved(goal: Goal, vectors: Vectors, letter: str, outer: Tensor, reduced: Tensor, block: Tensor) -> Tensor:
+    """The vectors [ranks, ...] of one direction, improved for the others and the last factor ``outer @ reduced``."""
+    others = [letter_ for letter_ in vectors if letter_ != letter]
+    rest = torch.einsum(f"r{others[0]},r{others[1]}->r{''.join(others)}", *(vectors[other] for other in others))
+    rest = rest.reshape(len(rest), *(1 if name == letter else goal.weight.shape[1 + number] for number, name in enumerate("iyx")))
+    shape = [len(rest), *(-1 if name == letter else 1 for name in "iyx")]
+    apart = [1 + number for number, name in enumerate("iyx") if name != letter]
+
+    def product(direction: Tensor) -> Tensor:
+        return reduced @ (direction.reshape(shape) * rest).flatten(1)
+
+    def back(matrix: Tensor) -> Tensor:
+        return ((reduced.mT @ matrix).unflatten(1, goal.weight.shape[1:]) * rest).sum(apart)
+
+    overlap = (reduced.mT @ reduced) * (rest.flatten(1) @ rest.flatten(1).mT)
+    return descended(goal, vectors[letter], outer, product, back, two_sided(overlap, block, 1))
 
 
 def _solved(goal: Goal, vectors: Vectors) -> Found:
@@ -93,7 +106,8 @@ def _slices(goal: Goal) -> Vectors:
     All of them together, height * width * min(outputs, inputs), are the weight itself.
     """
     weight = goal.weight
-    turned = {letter: torch.linalg.eigh(torch.einsum(f"qiyx,{other}->{letter}{letter.upper()}", weight, weight))[1] for letter, other in TURNS}
+    turned = {"y": torch.linalg.eigh(torch.einsum("qiyx,qiux->yu", weight, weight))[1]}
+    turned["x"] = torch.linalg.eigh(torch.einsum("qiyx,qiyu->xu", weight, weight))[1]
     core = torch.einsum("qiyx,yh,xw->hwqi", weight, turned["y"], turned["x"]).flatten(0, 1)
     _, values, inputs = torch.linalg.svd(core, full_matrices=False)
     order = values.flatten().argsort(descending=True, stable=True)
@@ -104,19 +118,3 @@ def _slices(goal: Goal) -> Vectors:
         "y": turned["y"].mT[slices.div(width, rounding_mode="floor")],
         "x": turned["x"].mT[slices % width],
     }
-
-
-TURNS = (("y", "qiYx"), ("x", "qiyX"))
-
-
-def _products(goal: Goal) -> Vectors:
-    """Terms from the products of two vectors in the spatial form: those of its factors' [inputs, height] and [outputs, width] parts."""
-    start = SPATIAL.start(goal)
-    rows = torch.einsum("qiyx,riy->rqx", goal.weight, start / start.flatten(1).norm(dim=1).clamp(min=1e-150)[:, None, None] ** 2)
-    inputs, a, height = torch.linalg.svd(start, full_matrices=False)
-    _, b, width = torch.linalg.svd(rows, full_matrices=False)
-    size = a[:, :, None] * b[:, None, :]
-    order = size.flatten().argsort(descending=True, stable=True)
-    term, inner = order.div(size[0].numel(), rounding_mode="floor"), order % size[0].numel()
-    p, q = inner.div(b.shape[1], rounding_mode="floor"), inner % b.shape[1]
-    return {"i": inputs.mT[term, p], "y": height[term, p], "x": width[term, q]}

@@ -20,7 +20,10 @@ from .lowrank import centred, directions, raised
 OPEN = 1e-6
 # The ridge of normal equations of unit diagonal, which may be singular.
 RIDGE = 1e-12
-STEPS = 6
+# Steps of conjugate gradients each time a factor has its turn.
+STEPS = 3
+
+Linear = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,29 +114,50 @@ class Pair:
         return start.narrow(self.batch, 0, rank)
 
 
-def improved(goal: Goal, pair: Pair, inner: Tensor, outer: Tensor, last: Tensor, block: Tensor) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """inner: the inner factor. outer: [outputs, q], orthonormal. last: [q, ...]; outer times last is the last factor."""
+
+    inner: Tensor
+    outer: Tensor
+    last: Tensor
+
+    def matrix(self, pair: Pair) -> Tensor:
+        """The weight that the factors stand for, [outputs, n]."""
+        return self.outer @ torch.einsum(pair.product, self.inner, self.last).flatten(1)
+
+
+def improved(goal: Goal, pair: Pair, fit: Fit, block: Tensor) -> Tensor:
     """The inner factor after some steps of conjugate gradients, preconditioned by what the normal equations are if taps do not correlate.
 
     Args:
-        outer: [outputs, q], orthonormal columns; the weight is ``outer`` times the product of ``inner`` and ``last``.
-        last: its letters as in the pair's product, with q in the place of the outputs.
         block: of :meth:`Pair.blocks`.
     """
-    to_inner = pair.product.split("->")[0].split(",")
-    adjoint = f"{to_inner[1]},{pair.product.split('->')[1]}->{to_inner[0]}"
+    inner, last = pair.product.split("->")[0].split(",")
+    adjoint = f"{last},{pair.product.split('->')[1]}->{inner}"
     shape = goal.weight.shape[1:]
 
     def product(direction: Tensor) -> Tensor:
-        return torch.einsum(pair.product, direction, last).flatten(1)
+        return torch.einsum(pair.product, direction, fit.last).flatten(1)
 
     def back(matrix: Tensor) -> Tensor:
-        return torch.einsum(adjoint, last, matrix.unflatten(1, shape))
+        return torch.einsum(adjoint, fit.last, matrix.unflatten(1, shape))
 
-    solve = _two_sided(torch.einsum(pair.overlap, last, last), block, pair.columns)
+    scale = two_sided(torch.einsum(pair.overlap, fit.last, fit.last), block, pair.columns)
+    return descended(goal, fit.inner, fit.outer, product, back, scale)
+
+
+def descended(goal: Goal, inner: Tensor, outer: Tensor, product: Linear, back: Linear, scale: Linear) -> Tensor:
+    """A factor after some steps of preconditioned conjugate gradients on its normal equations.
+
+    Args:
+        outer: [outputs, q], orthonormal; the weight is outer times what the factor gives.
+        product: from the factor to [q, n]. back: its adjoint. scale: about the inverse of the normal equations.
+    """
     residual = back(outer.mT @ goal.wanted - product(inner) @ goal.damped)
     found, direction, slope = inner, torch.zeros_like(inner), 0.0
     for _ in range(STEPS):
-        step = solve(residual)
+        step = scale(residual)
         before, slope = slope, float((residual * step).sum())
         if slope <= 0:
             break
@@ -148,7 +172,7 @@ def improved(goal: Goal, pair: Pair, inner: Tensor, outer: Tensor, last: Tensor,
     return found
 
 
-def _two_sided(left: Tensor, right: Tensor, columns: int) -> Callable[[Tensor], Tensor]:
+def two_sided(left: Tensor, right: Tensor, columns: int) -> Linear:
     """``X -> left^-1 X right^-1`` for X [..., ranks, columns ...]; both raised a little, as they may be singular."""
     a, b = (torch.linalg.inv(raised(part, 1e-9)) for part in (left, right))
     return lambda x: (a @ x.flatten(-columns) @ b).unflatten(-1, x.shape[x.dim() - columns :])
@@ -183,19 +207,6 @@ def basis_of(pair: Pair, inner: Tensor, last: torch.Size) -> Tensor:
     return torch.einsum(pair.product, inner, unit).flatten(1)
 
 
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """inner: the inner factor. outer: [outputs, q], orthonormal. last: [q, ...]; outer times last is the last factor."""
-
-    inner: Tensor
-    outer: Tensor
-    last: Tensor
-
-    def matrix(self, pair: Pair) -> Tensor:
-        """The weight that the factors stand for, [outputs, n]."""
-        return self.outer @ torch.einsum(pair.product, self.inner, self.last).flatten(1)
-
-
 def alternate(goal: Goal, pair: Pair, inner: Tensor, last: torch.Size, block: Tensor, rank: int | None, rounds: int, least: float) -> Fit:
     """The best pair of factors that alternating least squares finds from a first inner factor.
 
@@ -209,7 +220,7 @@ def alternate(goal: Goal, pair: Pair, inner: Tensor, last: torch.Size, block: Te
     for _ in range(rounds):
         if error <= 1e-12 * full:
             break
-        changed, lower = _fitted(goal, pair, improved(goal, pair, fit.inner, fit.outer, fit.last, block), last, rank)
+        changed, lower = _fitted(goal, pair, improved(goal, pair, fit, block), last, rank)
         gain = error - lower
         if gain > 0:
             fit, error = changed, lower
