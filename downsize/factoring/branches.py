@@ -52,29 +52,26 @@ def add_branches(
     bits: int,
     fit: Sequence[list[Tensor]],
     held: Sequence[list[Tensor]],
-    progress: Progress | None = None,
+    progress: Progress,
 ) -> list[Branch]:
     """Give layers of ``network`` a branch each, in place and in order, so that their outputs come nearer to those of ``original``.
 
-    The branch is the best of its rank on the inputs that the layers before give, branches and all: the least-squares change of the weight
-    (see :func:`~downsize.numerics.refit.best_refit`), of which the most telling directions stay (Zhang et al. 2024, LQER, arXiv 2402.02446, and
-    Liu et al. 2024, EoRA, arXiv 2410.21271, take them from the weight that rounding changed). Kept where held-back data agrees.
+    Each is the best of its rank on the inputs that the layers before give, branches and all: of the least-squares change of the weight the
+    most telling directions (Zhang et al. 2024, LQER, arXiv 2402.02446, and Liu et al. 2024, EoRA, arXiv 2410.21271, take those of the weight
+    that rounding changed). Kept where held-back data agrees.
 
     Args:
         original: with nodes of the same names. Both networks in evaluation mode.
-        layers: names of nodes; those that cannot be matched or would have to grow are left out.
+        layers: names of nodes, of which one at least must be the original's (TaskError); those that would have to grow are left out.
         bits: of the branch's weights: 8, one scale a row, or 32.
         fit: flat inputs to solve on. held: others, to choose by.
-
-    Raises:
-        TaskError: no layer is one of the original's.
     """
     student = settle(network)
     goals = _goals(original, student, layers, rank)
     originals, smaller = (Frontier(each, Joined(fit, held)) for each in (original, student))
     port = padding_port(original, originals.pieces)
     found = []
-    with (progress or Progress(quiet=True)).counting("compensating", "layer", len(goals)) as show:
+    with progress.counting("compensating", "layer", len(goals)) as show:
         for number, goal in enumerate(goals, 1):
             smaller.advance(goal.layer)
             originals.advance(goal.target.next)

@@ -16,6 +16,7 @@ from ..network.columns import MATRIX_LAYERS
 from ..network.judge import Judge
 from ..network.network import Network
 from ..network.rewrite import aten, drop_identities, fold_batch_norm, fold_padding
+from ..progress import Progress
 from ..pruning.pieces import collected
 from ..pruning.structure import QUANTIZERS
 from ..quantization.insertion import settle
@@ -63,7 +64,7 @@ class Compensate:
         original = self._original(made, task)
         data = collected(original, task, self.samples, self.holdout)
         bits = self.bits or (8 if quantized else 32)
-        branches = add_branches(original, made, self._layers(made), self.rank, bits, data.fit, data.held, task.progress)
+        branches = add_branches(original, made, self._layers(made), self.rank, bits, data.fit, data.held, task.progress or Progress(quiet=True))
         told = {one.layer: f"error {one.before:.3g} -> {one.after:.3g}" for one in branches}
         judge = Judge(original, data.held, settle)
         before, after = judge(network), judge(made)
