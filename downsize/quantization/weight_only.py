@@ -19,9 +19,10 @@ from .grouped import Steps, nearest, quantize, solved, steps_of
 from .in_order import round_in_order
 from .insertion import quantize_weights
 from .placement import Placement, WeightPoint
+from .protecting import protect
 from .sensitivity import output_grams
 
-Rounding = Literal["nearest", "hqq", "gptq"]
+Rounding = Literal["nearest", "hqq", "awq", "gptq"]
 # Pieces on which derivatives of the outputs are taken.
 GRADIENT_PIECES = 64
 
@@ -48,11 +49,13 @@ def quantize_weight_only(
     Args:
         reference: the float network, batch norms folded.
         placement: of its weights. One whose outputs do not lie along its first dimension gets one scale an output, on a symmetric grid.
-        rounding: ``nearest`` and ``hqq`` (Badri and Shaji 2023) need no data. ``gptq``: see :mod:`.in_order`; tables by the derivatives of
-            the outputs, see :func:`.sensitivity.output_grams`.
+        rounding: ``nearest`` and ``hqq`` (Badri and Shaji 2023) need no data. ``awq``: see :func:`.protecting.protect`, then to nearest.
+            ``gptq``: see :mod:`.in_order`; tables by the derivatives of the outputs, see :func:`.sensitivity.output_grams`.
         refit: with ``gptq``, fit weights to the original's outputs before they are rounded.
     """
     made = reference.fork()
+    if rounding == "awq" and data is not None:
+        protect(made, formats, data.fit)
     points = {str(point.node.target): point for point in placement.on(made).weights if str(point.node.target) in formats}
     rowwise = {name: point for name, point in points.items() if point.axis == 0}
     steps: dict[str, Steps] = {}

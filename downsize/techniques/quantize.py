@@ -69,8 +69,8 @@ class Quantize:
         warmup_share: the part of the training in which batch norms are still there, with moving statistics; then they are folded.
         ranges: which range estimators compete: minmax, percentile, mse, entropy.
         samples: calibration samples used at most. ``holdout``: of these, how many judge the choices.
-        rounding: of weights: ``nearest``, ``hqq`` (no data is needed either; with zero points), ``gptq`` (errors made up for by later columns).
-            ``refit``: with weights alone and GPTQ, fit layers to the original's outputs before they are rounded, one after another.
+        rounding: of weights: ``nearest``; of weights alone ``hqq`` (no data, zero points) or ``awq`` (columns that large inputs meet are scaled up);
+            ``gptq`` (later columns make up for errors). ``refit``: with gptq and weights alone, fit layers to the original's outputs before.
         reconstruct: so many steps of gradient descent on the roundings, biases and activation steps of each part of the network, to give what
             the float one gives there (AdaRound, BRECQ, QDrop; no labels); 0: none. 400 take minutes, and help at 4 bits and fewer.
         equalize: try cross-layer equalization. ``smooth``: try smoothing the inputs of linear layers. ``correct``: correct biases.
@@ -94,7 +94,7 @@ class Quantize:
     holdout: int = 16
     equalize: bool = True
     smooth: bool = True
-    rounding: Literal["nearest", "hqq", "gptq"] = "gptq"
+    rounding: Literal["nearest", "hqq", "awq", "gptq"] = "gptq"
     refit: bool = True
     reconstruct: int = Field(default=0, ge=0)
     correct: bool = True
@@ -126,8 +126,8 @@ class Quantize:
             raise SpecError(f"quantize: bits={self.bits} came; levels={self.levels!r} says already how many values a weight has.")
         if self.activations == "dynamic" and self.plan is not None:
             raise SpecError("quantize: dynamic ranges are not trained; use activations='static' or 'none'.")
-        given = {"group": self.group, "symmetric=False": not self.symmetric, "levels='nf4'": self.levels == "nf4"}
-        alone = [name for name, used in given.items() if used]
+        given = {"levels": "nf4", "rounding": "awq", "symmetric": False}
+        alone = [f"{name}={value!r}" for name, value in given.items() if getattr(self, name) == value] + ["group"] * bool(self.group)
         if alone and (self.kind != "none" or self.plan is not None):
             raise SpecError(f"quantize: {alone[0]} is for weights alone, after training: use activations='none', and no train.")
         if self.rounding == "hqq" and (self.symmetric or self.kind != "none"):
@@ -341,7 +341,7 @@ class Quantize:
 
     def _weights_alone(self, plain: Network, task: Task) -> Network:
         placement = self._place(plain)
-        pieces = self._split(plain, task) if self.rounding == "gptq" or self.widths or self.reconstruct else None
+        pieces = self._split(plain, task) if self.rounding in ("awq", "gptq") or self.widths or self.reconstruct else None
         bits = self._mixed(plain, pieces, task) if pieces else {}
         formats = self._formats(plain, placement, bits)
         if not formats:
@@ -350,8 +350,8 @@ class Quantize:
         made = quantize_weight_only(plain, placement, formats, "hqq" if self.rounding == "hqq" else "nearest", None)
         if pieces is None:
             return made
-        if self.rounding == "gptq":
-            solved = quantize_weight_only(plain, placement, formats, "gptq", Data(*pieces), self.refit, task.progress)
+        if self.rounding in ("awq", "gptq"):
+            solved = quantize_weight_only(plain, placement, formats, self.rounding, Data(*pieces), self.refit, task.progress)
             made = min(made, solved, key=Judge(plain, pieces[1], settle))
         return self._reconstructed(plain, made, pieces, task)
 
