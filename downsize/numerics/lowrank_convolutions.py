@@ -105,13 +105,14 @@ class Form:
         """
         shape = _shape(conv)
         grain = max(1, multiple // conv.groups) if self.grained else 1
-        axes = [[(rank,) for rank in _multiples(most, grain)] for most in self._most(conv)]
+        axes = [[(rank,) for rank in _multiples(most, grain)] for most in self.most_of(conv)]
         if len(axes) == 1:
             return _thinned(self._paying(conv, axes[0]), self.count)
         pairs = [(r, s) for (r,) in _thinned(axes[0], self.count) for (s,) in _thinned(axes[1], self.count)] if axes else []
         return self._paying(conv, [(r, s) for r, s in pairs if abs(r / shape[1] - s / shape[0]) <= SPREAD])
 
-    def _most(self, conv: Convolution) -> tuple[int, ...]:
+    def most_of(self, conv: Convolution) -> tuple[int, ...]:
+        """The largest ranks of each group, at which nothing is lost; empty where the form does not apply."""
         depthwise = conv.groups > 1 and conv.weight.shape[1] == 1
         return () if depthwise else self.most(_shape(conv))
 
@@ -133,7 +134,7 @@ class Form:
         Raises:
             ValueError: the shapes do not fit, or the form does not apply to the layer.
         """
-        most = self._most(conv)
+        most = self.most_of(conv)
         if not most:
             raise ValueError(f"a kernel {list(conv.weight.shape)} in {conv.groups} groups came; this form does not apply to it: ranks() is empty.")
         if gram is not None and gram.dim() == 2:

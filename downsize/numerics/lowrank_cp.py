@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .lowrank_fitting import RIDGE, Goal, descended, last_factor, two_sided
+from .lowrank_fitting import LEAST_GAIN, RIDGE, Goal, descended, last_factor, two_sided
 from .lowrank_solvers import Solver, Weights, even
 
 # How the covariance of one direction comes from that of all, summed over the taps of the others.
@@ -20,8 +20,6 @@ BASIS = "ri,ry,rx->riyx"
 # The energies of the terms add up to no more than so many times that of their sum.
 CANCELLING = 10.0
 RIDGES = (RIDGE, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-# At most so many rounds; fewer when one takes away less than this part of the error.
-ROUNDS, LEAST_GAIN = 8, 0.02
 
 Vectors = dict[str, Tensor]
 
@@ -49,7 +47,7 @@ Found = tuple[tuple[Vectors, Tensor], float]
 def _rounds(goal: Goal, blocks: Vectors, found: Found) -> Found:
     """Rounds of alternating least squares, each followed by a longer step in its direction, which is kept where the error falls."""
     stride = 1.0
-    for _ in range(ROUNDS):
+    for _ in range(2 * goal.rounds):
         (vectors, last), error = found
         outer, reduced = torch.linalg.qr(last) if last.shape[1] < len(last) else (torch.eye(len(last), dtype=last.dtype), last)
         moved = dict(vectors)

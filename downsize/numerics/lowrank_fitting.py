@@ -22,6 +22,10 @@ OPEN = 1e-6
 RIDGE = 1e-12
 # Steps of conjugate gradients each time a factor has its turn.
 STEPS = 3
+# At least and at most so many rounds, within which no more than so many products; fewer when one takes away less than a part of the error.
+ROUNDS = (2, 60)
+WORK = 20_000_000
+LEAST_GAIN = 0.005
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -59,6 +63,11 @@ class Goal:
     def taps(self) -> Tensor:
         """The damped covariance, [inputs, height, width, inputs, height, width]."""
         return self.damped.reshape(*self.weight.shape[1:], *self.weight.shape[1:])
+
+    @property
+    def rounds(self) -> int:
+        """How often the factors may have their turn: a small layer's as often as it takes, a large one's as long as that pays."""
+        return max(ROUNDS[0], min(ROUNDS[1], WORK // max(1, self.wanted.numel() * len(self.damped))))
 
     def error(self, matrix: Tensor) -> float:
         """The squared output error of another weight [outputs, n]."""
@@ -207,26 +216,28 @@ def basis_of(pair: Pair, inner: Tensor, last: torch.Size) -> Tensor:
     return torch.einsum(pair.product, inner, unit).flatten(1)
 
 
-def alternate(goal: Goal, pair: Pair, inner: Tensor, last: torch.Size, block: Tensor, rank: int | None, rounds: int, least: float) -> Fit:
+def alternate(goal: Goal, pair: Pair, inner: Tensor, last: torch.Size, block: Tensor, rank: int | None) -> Fit:
     """The best pair of factors that alternating least squares finds from a first inner factor.
+
+    After each round a longer step in its direction is kept where the error falls (Bro 1998, "Multi-way analysis in the food industry").
 
     Args:
         last: the shape of the last factor, [outputs, ...].
         rank: of the last factor as a matrix [outputs, p]; None: whatever it has.
-        rounds: at most so many; fewer once a round takes away less than the part ``least`` of the error.
     """
-    fit, error = _fitted(goal, pair, inner, last, rank)
-    full = float((goal.wanted * goal.matrix).sum())
-    for _ in range(rounds):
+    found = _fitted(goal, pair, inner, last, rank)
+    full, stride = float((goal.wanted * goal.matrix).sum()), 1.0
+    for _ in range(goal.rounds):
+        fit, error = found
         if error <= 1e-12 * full:
             break
-        changed, lower = _fitted(goal, pair, improved(goal, pair, fit, block), last, rank)
-        gain = error - lower
-        if gain > 0:
-            fit, error = changed, lower
-        if gain <= least * error:
+        moved = improved(goal, pair, fit, block)
+        changed, further = (_fitted(goal, pair, to, last, rank) for to in (moved, moved + stride * (moved - fit.inner)))
+        stride = stride * 1.5 if further[1] < changed[1] else stride / 2
+        found = min(found, changed, further, key=lambda one: one[1])
+        if error - found[1] <= LEAST_GAIN * error:
             break
-    return fit
+    return found[0]
 
 
 def _fitted(goal: Goal, pair: Pair, inner: Tensor, last: torch.Size, rank: int | None) -> tuple[Fit, float]:

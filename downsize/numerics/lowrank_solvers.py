@@ -17,9 +17,6 @@ Solver = Callable[[tuple[int, ...]], Weights]
 SPATIAL = Pair("riy,qrx->qiyx", "qiyx->qxiy", "iyxjux->iyju", batch=0, columns=2)
 TUCKER = Pair("ri,qryx->qiyx", "qiyx->qyxi", "iyxjyx->ij", batch=0, columns=1)
 SEPARABLE = Pair("iryx,qir->qiyx", "qiyx->iqyx", "iyxiuv->iyxuv", batch=1, columns=2)
-# At most so many rounds of alternating least squares; fewer when one takes away less than this part of the error.
-ROUNDS = 4
-LEAST_GAIN = 0.02
 
 
 def channel(goal: Goal) -> Solver:
@@ -40,7 +37,7 @@ def spatial(goal: Goal) -> Solver:
     outputs, _, _, width = goal.weight.shape
 
     def solve(ranks: tuple[int, ...]) -> Weights:
-        fit = alternate(goal, SPATIAL, start[: ranks[0]], torch.Size((outputs, ranks[0], width)), block, None, ROUNDS, LEAST_GAIN)
+        fit = alternate(goal, SPATIAL, start[: ranks[0]], torch.Size((outputs, ranks[0], width)), block, None)
         inner, last = balanced(goal, SPATIAL, fit, block, (1, -1, 1))
         return [inner[..., None], last[:, :, None]], fit.matrix(SPATIAL)
 
@@ -58,7 +55,7 @@ def tucker(goal: Goal) -> Solver:
 
     def solve(ranks: tuple[int, ...]) -> Weights:
         rank = ranks[0]
-        fit = alternate(goal, TUCKER, start[:rank], torch.Size((outputs, rank, height, width)), block, ranks[1], ROUNDS, LEAST_GAIN)
+        fit = alternate(goal, TUCKER, start[:rank], torch.Size((outputs, rank, height, width)), block, ranks[1])
         matrix = fit.matrix(TUCKER)
         read = fit.outer.mT @ matrix
         size = even((read @ goal.damped * read).sum(1).clamp(min=0).sqrt() / goal.positions**0.5, read.new_ones(len(read)))
@@ -75,7 +72,7 @@ def separable(goal: Goal) -> Solver:
 
     def solve(ranks: tuple[int, ...]) -> Weights:
         rank = ranks[0]
-        fit = alternate(goal, SEPARABLE, start[:, :rank], torch.Size((outputs, inputs, rank)), block, None, ROUNDS, LEAST_GAIN)
+        fit = alternate(goal, SEPARABLE, start[:, :rank], torch.Size((outputs, inputs, rank)), block, None)
         inner, last = balanced(goal, SEPARABLE, fit, block, (1, inputs, rank))
         return [inner.flatten(0, 1)[:, None], last.flatten(1)[:, :, None, None]], fit.matrix(SEPARABLE)
 
