@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from .network.network import Network
 
 RESOURCES = ("size", "latency", "latency_ratio", "memory")
+# Of the multiply-accumulates, tried one after another where no file meets the limits: the two largest that could bring this about.
+SHARES = (0.7, 0.5, 0.35, 0.25)
+# Bytes and milliseconds may fall faster than multiply-accumulates, by this factor at best.
+FASTER = 1.25
 DROP_WITHOUT_LIMIT = 0.01  # with no limit at all the smallest and fastest file is wanted, but not one that has lost its skill
+RECURRENT = ("aten.lstm",)
 LINEAR, CONVOLUTION = ("aten.linear", "aten.addmm", "aten.mm", "aten.matmul"), ("aten.conv",)
 
 
@@ -28,7 +33,7 @@ def recipes_for(runtime: str, network: Network, features: Collection[str] = ()) 
     profile = "profile='avx2'" if narrow else ""
     recipes = [f"quantize({profile})"]
     # OpenVINO runs the operators of dynamic quantization in float, more slowly than the original; convolutions have no such operator.
-    if runtime == "onnxruntime" and _weights_of(network, LINEAR) > _weights_of(network, CONVOLUTION):
+    if runtime == "onnxruntime" and _weights_of(network, LINEAR + RECURRENT) > _weights_of(network, CONVOLUTION):
         recipes.append(f"quantize({', '.join(filter(None, ['activations=' + repr('dynamic'), profile]))})")
     return [*recipes, "quantize(activations='none')"]
 
@@ -36,6 +41,22 @@ def recipes_for(runtime: str, network: Network, features: Collection[str] = ()) 
 def halves_for(precisions: Collection[str]) -> list[str]:
     """The recipes of 16 bits that are worth a trial where the runtime computes in these ``precisions`` beside float32."""
     return ["halve()", *(["halve(dtype='bfloat16', compute=True)"] if "bf16" in precisions else [])]
+
+
+def shares_for(attempt: Attempt) -> tuple[float, ...]:
+    """The shares of the multiply-accumulates with which an attempt might meet the limits of size, time and memory that it misses."""
+    outcomes = attempt.verdict.outcomes if attempt.verdict is not None else ()
+    excess = max((one.excess for one in outcomes if not one.met and one.limit.name in RESOURCES), default=0.0)
+    return tuple(share for share in SHARES if share * (1 + excess) <= FASTER)[:2] if excess else ()
+
+
+def smaller_for(network: Network, nearest: str, share: float) -> list[str]:
+    """Recipes with fewer multiply-accumulates, of which that share stays, in front of the one that came nearest: for limits that bits alone do not
+    meet."""
+    if not _weights_of(network, LINEAR + CONVOLUTION):
+        return []
+    behind = nearest if nearest.startswith("quantize(") and " | " not in nearest else ""
+    return [" | ".join(filter(None, [f"{word}(macs={share})", behind])) for word in ("prune", "factorize")]
 
 
 def is_lossless(attempt: Attempt) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .bench import Bench, digest_of_model, tensor_bytes
-from .candidates import best_of, explained, halves_for, is_lossless, needs_speed, recipes_for, why_not_worth_it
+from .candidates import best_of, explained, halves_for, is_lossless, needs_speed, recipes_for, shares_for, smaller_for, why_not_worth_it
 from .engine import Run
 from .errors import DownsizeError, RunError, TargetError
 from .facts import Artifact, Attempt, Measurement, Report, Verdict, from_json, made_by, to_json
@@ -110,6 +110,17 @@ class Search:
         if best is self.attempts[0] or not is_lossless(best):
             for text in halves_for(self.bench.runtime.precisions()):
                 self._add(self._try(Recipe.parse(text)))
+        self._look_for_smaller()
+
+    def _look_for_smaller(self) -> None:
+        """Where no file meets the limits of size, time and memory, try those with fewer multiply-accumulates, until one does."""
+        nearest = self._chosen()
+        shares = shares_for(nearest)
+        for share in shares:
+            for text in smaller_for(self.bench.original.network, nearest.recipe, share):
+                self._add(self._try(Recipe.parse(text)))
+            if not shares_for(self._chosen()):
+                return
 
     def _keep_slow_layers(self, attempt: Attempt) -> None:
         """Try an int8 recipe once more with the layers in float that are slower in integers here, and note by how much."""

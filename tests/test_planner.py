@@ -21,7 +21,7 @@ from torch import nn
 
 import downsize as ds
 from downsize import bench, engine, planner
-from downsize.candidates import best_of, explained, recipes_for, why_not_worth_it
+from downsize.candidates import best_of, explained, recipes_for, shares_for, smaller_for, why_not_worth_it
 from downsize.errors import CaptureError, ExportError, RunError, SpecError, TargetError, TaskError
 from downsize.facts import Agreement, Artifact, Attempt, Measurement, Report, Verdict, from_json
 from downsize.target import Target
@@ -127,6 +127,19 @@ def test_recipes_fit_the_runtime_and_the_network() -> None:
     assert [str(ds.Recipe.parse(text)) for text in recipes_for("onnxruntime", with_linear)] == recipes_for("onnxruntime", with_linear)
 
 
+def test_networks_are_made_smaller_where_bits_alone_miss_a_limit_that_this_could_meet() -> None:
+    size = Target(size="2 MB")
+    assert shares_for(attempt("quantize()", size, 2.5, 0.5, 0)) == (0.7, 0.5)
+    assert shares_for(attempt("quantize()", size, 4.5, 0.5, 0)) == (0.5, 0.35)
+    assert shares_for(attempt("quantize()", size, 1.9, 0.5, 0)) == shares_for(attempt("quantize()", size, 20, 0.5, 0)) == ()
+    assert shares_for(attempt("quantize()", Target(drop="1 %"), 2.5, 0.5, 0.1)) == ()  # a smaller network loses more
+    network = ds.capture(mlp(), digits()[0][:2])
+    made = smaller_for(network, "quantize()", 0.5)
+    assert made == ["prune(macs=0.5) | quantize()", "factorize(macs=0.5) | quantize()"]
+    assert [str(ds.Recipe.parse(text)) for text in made] == made
+    assert smaller_for(network, "", 0.5) == ["prune(macs=0.5)", "factorize(macs=0.5)"]
+
+
 # Refusing -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +237,17 @@ def test_a_size_out_of_reach_is_told_and_the_nearest_file_is_left(tmp_path: Path
     sizes = [row.artifact.bytes for row in (result.report.baseline, *result.report.attempts) if row.artifact]
     assert result.artifact.bytes == min(sizes)
     assert accuracy(result.artifact.path, *(part[1400:] for part in digits())) > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_a_size_that_bits_alone_miss_is_met_by_a_smaller_network(tmp_path: Path) -> None:
+    whole = ds.run(task_of(mlp()), "quantize()", Target(size="1 MB"), tmp_path / "whole").artifact.bytes
+    limit = int(0.85 * whole)
+    result = ds.fit(task_of(mlp()), Target(size=f"{limit} B"), tmp_path / "run")
+    assert result.verdict.met and result.artifact.bytes <= limit
+    assert result.report.chosen.startswith(("prune(macs=", "factorize(macs=")) and "quantize(" in result.report.chosen
+    assert accuracy(result.artifact.path, *(part[1400:] for part in digits())) > 0.8
 
 
 @pytest.mark.slow
