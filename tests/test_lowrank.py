@@ -157,6 +157,25 @@ def test_ranks_and_importances_that_do_not_fit_are_refused():
         spectrum(weight_of(3, 9), importance=torch.zeros(3))
 
 
+def test_values_that_are_not_finite_are_refused():
+    weight, gram = weight_of(3, 9), gram_of(inputs(9))
+    for bad_weight, bad_gram in ((weight.clone(), None), (weight, gram.clone())):
+        (bad_weight if bad_gram is None else bad_gram)[0, 1] = torch.nan
+        with pytest.raises(ValueError, match=r"1 of .* values are NaN or infinite"):
+            spectrum(bad_weight, bad_gram)
+
+
+def test_rounding_of_a_gram_matrix_in_single_precision_is_borne():
+    """Inputs with a mean 30 times their spread, summed in float32: the covariance that is left is a little off, and not quite positive."""
+    weight, x = weight_of(12, 20), inputs(20, 1000)
+    x = x / x.std(1, keepdim=True) + 30
+    x[5:10] = x[:5]
+    rows = torch.cat([x, torch.ones(1, 1000)]).float()
+    made, exact = spectrum(weight, (rows @ rows.T).double()), spectrum(weight, gram_of(x))
+    for rank in (3, 6, 9):
+        assert output_error(made, rank, weight, x) == pytest.approx(exact.error(rank), rel=0.02)
+
+
 # Embeddings ------------------------------------------------------------------------------------------------------------------------
 
 

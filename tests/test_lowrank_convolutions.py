@@ -286,6 +286,8 @@ def test_ranks_follow_the_grain():
         assert ranks and all(rank % 8 == 0 for each in ranks for rank in each)
     grouped = Convolution(torch.zeros(64, 16, 3, 3), (1, 1), (1, 1), (1, 1), 4)
     assert all(4 * rank % 8 == 0 for form in ("channel", "spatial", "tucker", "cp") for each in FORMS[form].ranks(grouped, 8) for rank in each)
+    uneven = Convolution(torch.zeros(96, 32, 3, 3), (1, 1), (1, 1), (1, 1), 3)
+    assert FORMS["channel"].ranks(uneven, 8) == [(24,), (16,), (8,)]
     small = Convolution(torch.zeros(12, 6, 3, 3), (1, 1), (1, 1), (1, 1))
     assert [rank for (rank,) in FORMS["channel"].ranks(small, 8)] == [8, 4]
 
@@ -321,6 +323,28 @@ def test_ranks_and_grams_that_do_not_fit_are_refused():
         FORMS["channel"].factor(conv, (2,), torch.eye(37))
     with pytest.raises(ValueError, match="Gram matrix"):
         FORMS["channel"].factor(conv, (2,), torch.eye(36).expand(2, -1, -1))
+
+
+def test_rounding_of_a_gram_matrix_in_single_precision_is_borne():
+    """Inputs far from zero mean and half of them alike: the covariance that is left is a little off, and not quite positive."""
+    conv = layer("plain")
+    x = images(conv)
+    x = (x - x.mean()) / x.std() + 10
+    x[:, 3:] = x[:, :3]
+    gram = gram_of(conv, x.float()).double()
+    for form in FORMS:
+        ranks = tuple(max(1, rank // (8 if form == "cp" else 2)) for rank in FORMS[form].most_of(conv))
+        exact = FORMS[form].factor(conv, ranks, gram_of(conv, x))
+        assert measured(conv, FORMS[form].factor(conv, ranks, gram), x) < 1.1 * exact.error + 1e-4
+
+
+def test_a_large_layer_is_fitted_in_fewer_rounds_and_still_exactly_at_full_rank():
+    weight = torch.randn(192, 160, 3, 3, generator=torch.Generator().manual_seed(0))
+    conv = Convolution(weight, (1, 1), (1, 1), (1, 1))
+    solve = FORMS["separable"].prepare(conv)
+    assert solve((9,)).error < 1e-10
+    values = np.square(np.linalg.svd(weight.numpy().transpose(1, 0, 2, 3).reshape(160, 192, 9), compute_uv=False))
+    assert solve((2,)).error == pytest.approx(values[:, 2:].sum() / values.sum(), rel=1e-5)
 
 
 def test_factors_keep_the_dtype_and_a_weight_of_zeros_stays_one():

@@ -87,10 +87,10 @@ def spectrum(weight: Tensor, gram: Tensor | None = None, damping: float = 0.0, i
         importance: [rows], above zero, the weight of each row's squared error.
 
     Raises:
-        ValueError: the shapes do not fit, or the Gram matrix is of no positions.
+        ValueError: the shapes do not fit, the Gram matrix is of no positions, or a value is NaN or infinite.
     """
-    columns = weight.shape[1]
-    covariance, mean, positions = centred(gram, columns)
+    finite(weight)
+    covariance, mean, positions = centred(gram, weight.shape[1])
     damped = raised(covariance, damping + OPEN) if gram is not None else covariance
     rows = torch.ones(len(weight), dtype=torch.float64) if importance is None else importance.double().sqrt()
     if rows.shape != weight.shape[:1] or not bool((rows > 0).all()):
@@ -104,17 +104,24 @@ def centred(gram: Tensor | None, columns: int) -> tuple[Tensor, Tensor, float]:
     """The covariance of inputs [columns, columns] as a sum over positions, their mean, and the number of positions.
 
     Raises:
-        ValueError: the shape does not fit, or there are no positions.
+        ValueError: the shape does not fit, there are no positions, or a value is NaN or infinite.
     """
     if gram is None:
         return torch.eye(columns, dtype=torch.float64), torch.zeros(columns, dtype=torch.float64), 1.0
     if gram.shape != (columns + 1, columns + 1):
         raise ValueError(f"a Gram matrix {list(gram.shape)} came for {columns} columns; expected {[columns + 1] * 2}, a 1 behind each input.")
+    finite(gram)
     sums, positions = gram[-1, :-1].double(), float(gram[-1, -1])
     if positions <= 0:
         raise ValueError("a Gram matrix of no positions came; expected at least one.")
     covariance = gram[:-1, :-1].double() - sums[:, None] * sums / positions
     return (covariance + covariance.mT) / 2, sums / positions, positions
+
+
+def finite(values: Tensor) -> None:
+    """Raises ValueError if one is NaN or infinite: no decomposition of it would end well."""
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{int((~values.isfinite()).sum())} of {values.numel()} values are NaN or infinite; expected finite ones.")
 
 
 def raised(covariance: Tensor, damping: float) -> Tensor:
@@ -147,8 +154,9 @@ def by_frequency(table: Tensor, counts: Tensor) -> Spectrum:
         counts: [rows], how often each row was looked up; all zero: all alike.
 
     Raises:
-        ValueError: the shapes do not fit, or a count is negative.
+        ValueError: the shapes do not fit, a count is negative, or a value is NaN or infinite.
     """
+    finite(table)
     if counts.shape != table.shape[:1] or bool((counts < 0).any()):
         raise ValueError(f"counts {list(counts.shape)} came for a table {list(table.shape)}; expected one for each row, none below 0.")
     often = counts.double()

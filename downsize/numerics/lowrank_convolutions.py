@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ class Form:
         not apply: to depthwise convolutions, to 1 x 1 kernels (but for ``channel``), and ``spatial`` to kernels of size 1 in one direction.
         """
         shape = _shape(conv)
-        grain = max(1, multiple // conv.groups) if self.grained else 1
+        grain = multiple // gcd(multiple, conv.groups) if self.grained else 1
         axes = [[(rank,) for rank in _multiples(most, grain)] for most in self.most_of(conv)]
         if len(axes) == 1:
             return _thinned(self._paying(conv, axes[0]), self.count)
@@ -132,7 +132,7 @@ class Form:
             damping: see :func:`~.lowrank.spectrum`.
 
         Raises:
-            ValueError: the shapes do not fit, or the form does not apply to the layer.
+            ValueError: the shapes do not fit, a value is NaN or infinite, or the form does not apply to the layer; later, ranks out of range.
         """
         most = self.most_of(conv)
         if not most:

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .lowrank import centred, directions, raised
+from .lowrank import centred, directions, finite, raised
 
 # Added to a covariance's diagonal, as a part of its mean: what the data leave open follows the weight itself.
 OPEN = 1e-6
@@ -22,9 +22,11 @@ OPEN = 1e-6
 RIDGE = 1e-12
 # Steps of conjugate gradients each time a factor has its turn.
 STEPS = 3
-# At least and at most so many rounds, within which no more than so many products; fewer when one takes away less than a part of the error.
-ROUNDS = (2, 60)
+# At most so many rounds, fewer when one takes away less than a part of the error. A round is measured by the products of all outputs' weights
+# with the covariance: within WORK of them, but the first two as long as they stay within LONGEST.
+ROUNDS = 60
 WORK = 20_000_000
+LONGEST = 400_000_000
 LEAST_GAIN = 0.005
 
 Linear = Callable[[Tensor], Tensor]
@@ -67,7 +69,8 @@ class Goal:
     @property
     def rounds(self) -> int:
         """How often the factors may have their turn: a small layer's as often as it takes, a large one's as long as that pays."""
-        return max(ROUNDS[0], min(ROUNDS[1], WORK // max(1, self.wanted.numel() * len(self.damped))))
+        work = max(1, self.wanted.numel() * len(self.damped))
+        return max(min(2, LONGEST // work), min(ROUNDS, WORK // work))
 
     def error(self, matrix: Tensor) -> float:
         """The squared output error of another weight [outputs, n]."""
@@ -77,6 +80,7 @@ class Goal:
 
 def goal_of(weight: Tensor, gram: Tensor | None, damping: float) -> Goal:
     """The goal of a weight [outputs, inputs, height, width] with the Gram matrix of its inputs and a 1 (see :func:`~.lowrank.spectrum`)."""
+    finite(weight)
     covariance, mean, positions = centred(gram, weight[0].numel())
     damped = covariance if gram is None else raised(covariance, damping + OPEN)
     return Goal(weight.double(), covariance, damped, mean, positions)
