@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -72,6 +72,36 @@ def ladder_of(network: Network, task: Task, settings: Settings) -> list[list[Way
     return climbed(work.network, work.sites, work.costs, work.asked, work.data)
 
 
+def ready(network: Network, settings: Settings) -> Network:
+    """A fork in which layers can be found and replaced, in the plainest form; without ``fold`` it keeps what only training needs.
+
+    Raises:
+        CutError: the network is quantized.
+    """
+    if any(node.target in QUANTIZERS for node in network.graph.nodes):
+        raise CutError("The network is quantized already, its weights are on grids: factorize first, then quantize.")
+    plain = prepared(network, settings.fold)
+    say_as_linear(plain)
+    return plain
+
+
+def nearest(network: Network, task: Task, settings: Settings) -> tuple[list[Product], dict[str, Any]]:
+    """The factors that are nearest to the weights as they are, forms and ranks chosen under what may remain, and what to tell of them.
+
+    No data is used, and nothing is changed; the network is one that :func:`ready` gave, or was trained from it.
+
+    Raises:
+        TaskError: nothing can be factored. AllocationError: so little cannot remain.
+    """
+    settings = replace(settings, samples=0, refit=False, fold=False)
+    work = _prepared(network, task, settings)
+    ways = climbed(work.network, work.sites, work.costs, work.asked, None)
+    own = _products(work, [option for option in _chosen(work, ways, settings) if option.form != "dense"])
+    back = merged_back(own, work.costs)
+    own = {option: products for option, products in own.items() if option not in back}
+    return [product for products in own.values() for product in products], _told(work, own, back, settings)
+
+
 @dataclass(frozen=True, eq=False)
 class _Work:
     """What is worked on: a plain fork of the network, what can be factored in it and why the rest cannot, and what may remain."""
@@ -87,10 +117,7 @@ class _Work:
 
 
 def _prepared(network: Network, task: Task, settings: Settings) -> _Work:
-    if any(node.target in QUANTIZERS for node in network.graph.nodes):
-        raise CutError("The network is quantized already, its weights are on grids: factorize first, then quantize.")
-    plain = prepared(network, settings.fold)
-    say_as_linear(plain)
+    plain = ready(network, settings)
     found, left = layers_of(plain, settings.what)
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items()) or f"it has no layers of the kinds {', '.join(settings.what)}"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple, replace
 from typing import Literal
 
 from pydantic import Field
 
 from ..errors import SpecError
-from ..factoring.factorize import Settings, factorize, ladder_of
+from ..factoring.factorize import Settings, factorize, ladder_of, nearest, ready
 from ..factoring.options import Way
+from ..factoring.rewriting import put
 from ..network.network import Network
 from ..spec import frozen
 from ..task import Task
+from ..training.plan import Training
+from ..training.ranks import LearnedRanks
 
 AMOUNTS = ("macs", "parameters", "size", "latency", "ratio")
 
@@ -41,6 +45,9 @@ class Factorize:
         fold: fold batch norms into convolutions first, and drop dropout; False keeps both for training.
         samples: calibration samples used at most, of which every ``holdout``-th judges the choices; 0: use no data, go by the weights.
         damping: of the Gram matrices, as a share of their mean diagonal.
+        train: learn forms and ranks while the network trains as the plan says (true: imitate the original model): in the first part of the steps,
+            ``learned``, layers stay whole and are drawn towards the factors nearest to them, which are chosen anew every while, all under the
+            amount; in the rest the factors themselves train. ``refit`` and ``samples`` then mean nothing, batch norms are kept.
 
     Layers whose weight others read in another way, is sparse or is computed stay as they are; ``origin["factorized"]`` says which, and why.
 
@@ -63,6 +70,8 @@ class Factorize:
     samples: int = Field(default=512, ge=0)
     holdout: int = Field(default=5, ge=2)
     damping: float = Field(default=0.01, ge=0)
+    train: bool | Training = False
+    learned: float = Field(default=0.6, ge=0, le=1)
 
     def __post_init__(self) -> None:
         given = [name for name in AMOUNTS if getattr(self, name) is not None]
@@ -72,6 +81,8 @@ class Factorize:
             raise SpecError(f"factorize: ranks={self.ranks!r} with {', '.join(given)} came; these ranks follow from the layers: give no amount.")
         if not self.what or not self.forms:
             raise SpecError(f"factorize: what={self.what}, forms={self.forms} came; expected at least one of each.")
+        if self.train and self.ranks != "ladder":
+            raise SpecError(f"factorize: ranks={self.ranks!r} came with train, which learns ranks under an amount: leave one of them out.")
 
     def __call__(self, network: Network, task: Task) -> Network:
         """The network with factors.
@@ -81,7 +92,22 @@ class Factorize:
             AllocationError: so little cannot remain; the message says how little can.
             CutError: the network is quantized.
         """
+        if self.train:
+            return self._trained(network, task, Training() if self.train is True else self.train)
         return factorize(network, task, self.settings())
+
+    def _trained(self, network: Network, task: Task, plan: Training) -> Network:
+        settings = replace(self.settings(), fold=False)
+        made = ready(network, settings)
+        nearest(made, task, settings)  # what cannot be done is said before any training
+        if self.learned:
+            hook = LearnedRanks(lambda trained: nearest(trained, task, settings)[0], astuple(settings))
+            made = plan.train(made, task, hooks=[hook], share=(0.0, self.learned))
+        products, told = nearest(made, task, settings)
+        made = made.fork()
+        put(made, products)
+        made.origin["factorized"] = told | {"by": "learned in training"}
+        return plan.train(made, task, share=(self.learned, 1.0)) if self.learned < 1 else made
 
     def ladder(self, network: Network, task: Task) -> list[list[Way]]:
         """For each layer, or layers that read the same value, the ways of doing them with cost and error; nothing is changed."""
