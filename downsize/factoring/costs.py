@@ -163,9 +163,8 @@ class Costs:
             tensor = self.network.tensor(product.layer.name)
             unit = tensor.element_size() if self.measure == "size" else int(isinstance(tensor, Parameter))
             weights |= {id(factor): float(unit * factor.weight.numel()) for factor in product.factors}
-            bare = [name for name in product.layer.readers if not self._had_bias(self._nodes[name])]
-            each = tensor.element_size() if self.measure == "size" else 1
-            added += each * product.layer.width * len(bare) if bool(product.shift.any()) else 0.0
+            brings = bool(product.shift.any()) and not all(self._had_bias(self._nodes[name]) for name in product.layer.readers)
+            added += product.layer.width * (tensor.element_size() if self.measure == "size" else 1) if brings else 0.0
         return sum(weights.values()) + added
 
     def _had_bias(self, node: fx.Node) -> bool:

@@ -109,6 +109,7 @@ def imitated(network: Network, products: Sequence[Product]) -> Network:
                 set_bias(made, node, product.shift.to(old.dtype) + (0 if bias is None else bias.detach()))
             if made.tensor(str(weight_node(node).target)) is old:
                 set_constant(made, weight_node(node), weight)
+    made.recompile()
     return made
 
 

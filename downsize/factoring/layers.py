@@ -56,6 +56,8 @@ def layers_of(network: Network, what: Sequence[str]) -> tuple[list[Layer], dict[
         if node.target not in LAYERS or KINDS.get(node.target, what[0]) not in what:
             continue
         weight = constant(network, node.args[_position(node)])
+        if weight is None and node.target in PRODUCTS and node.target not in KINDS:
+            continue  # a product of two activations
         reason = _reason(network, node, weight, readings.get(id(weight), []))
         if reason:
             left[node.name] = reason
@@ -140,7 +142,15 @@ def say_as_linear(network: Network) -> None:
             continue
         turned = matrix.detach().T.contiguous()
         turned = torch.nn.Parameter(turned, matrix.requires_grad) if isinstance(matrix, torch.nn.Parameter) else turned
-        weight = add_constant(network, f"{name.removesuffix('.weight')}.transposed.weight", turned, node)
+        weight = add_constant(network, part_name(network, name, "transposed"), turned, node)
         node.args = (node.args[source], weight, *([node.args[at_bias]] if at_bias is not None else []))
         node.target = aten.linear.default
     network.recompile()
+
+
+def part_name(network: Network, name: str, part: str) -> str:
+    """What a part of a weight is called: ``fc.weight`` has ``fc.first.weight``, ``table`` has ``table_first``."""
+    base = name.removesuffix(".weight")
+    # Below a tensor there are no names.
+    blocked = any(other == f"{base}.{part}" for other, _ in network.named_tensors())
+    return f"{name}_{part}" if base == name or blocked else f"{base}.{part}.weight"

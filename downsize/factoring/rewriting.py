@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from ..network.network import Network
-from ..network.parts import assign, legal_name
-from ..network.rewrite import argument, aten, constant, set_bias
+from ..network.rewrite import add_constant, argument, aten, constant, set_bias
 from ..numerics.lowrank_convolutions import Convolution
-from .layers import Layer, input_node
+from .layers import Layer, input_node, part_name
 
 PLACES = ("first", "second", "third", "fourth", "fifth")
 # By the dimensions of the weight.
@@ -53,9 +52,9 @@ class _Writer:
 
     def __init__(self, network: Network) -> None:
         self.network = network
-        self.names = {name for name, _ in network.named_tensors()}
         self.constants: dict[int, fx.Node] = {}
         self.calls: dict[tuple[int, fx.Node], fx.Node] = {}
+        self.biases: dict[tuple[int, int], fx.Node] = {}
 
     def replace(self, node: fx.Node, product: Product) -> None:
         """One call of a layer."""
@@ -75,21 +74,25 @@ class _Writer:
         node.target = OPERATORS[product.factors[-1].weight.dim()]
         node.args, node.kwargs = (value, weight, bias, *geometry(product.factors[-1])), {}
         if bool(product.shift.any()):
-            shift = product.shift if bias is None else constant(self.network, bias).detach().double() + product.shift
-            set_bias(self.network, node, shift.to(old.dtype))
+            self.shift(node, bias, product, old)
+
+    def shift(self, node: fx.Node, bias: fx.Node | None, product: Product, old: Tensor) -> None:
+        """Add a product's shift to a node's bias; calls that had the same bias have the same new one."""
+        before = constant(self.network, bias)
+        key = id(product), id(before)
+        if key in self.biases:
+            node.update_arg(2, self.biases[key])
+            return
+        shift = product.shift if before is None else before.detach().double() + product.shift
+        set_bias(self.network, node, shift.to(old.dtype))
+        self.biases[key] = node.args[2]
 
     def constant(self, name: str, place: str, factor: Convolution, old: Tensor, before: fx.Node) -> fx.Node:
         """The node that reads a factor's weight: trainable, and of the type, as the layer's was."""
         if id(factor) not in self.constants:
-            base = name.removesuffix(".weight")
-            unique = legal_name(f"{base}.{place}.weight" if base != name else f"{name}_{place}", self.names)
-            self.names.add(unique)
             tensor = factor.weight.detach().to(old.dtype).contiguous()
             tensor = torch.nn.Parameter(tensor, old.requires_grad) if isinstance(old, torch.nn.Parameter) else tensor
-            assign(self.network.graph_module, unique, tensor)
-            with self.network.graph.inserting_before(before):
-                self.constants[id(factor)] = self.network.graph.get_attr(unique)
-            self.constants[id(factor)].meta = {key: before.meta[key] for key in ("module", "source") if key in before.meta}
+            self.constants[id(factor)] = add_constant(self.network, part_name(self.network, name, place), tensor, before)
         return self.constants[id(factor)]
 
 
