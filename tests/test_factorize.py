@@ -20,12 +20,11 @@ import downsize as ds
 from downsize.errors import AllocationError, CutError, SpecError, TaskError
 from downsize.factoring.anchoring import anchored
 from downsize.factoring.costs import Costs
-from downsize.factoring.factorize import merged_back
 from downsize.factoring.forms import Decomposed, Known
 from downsize.factoring.ladder import with_known
 from downsize.factoring.layers import joined, layers_of
 from downsize.factoring.options import Option, cost_of, error_of
-from downsize.factoring.rewriting import put
+from downsize.factoring.rewriting import Product, put
 from downsize.network.capture import capture
 from downsize.network.cost import count
 from downsize.network.judge import Judge
@@ -297,14 +296,31 @@ def test_latency_is_met_by_layers_measured_in_the_runtime(tmp_path: Path, monkey
     assert left <= 0.7 * whole
 
 
-def test_what_is_neither_smaller_nor_less_work_goes_back():
+def test_factors_that_do_not_pay_are_not_taken_and_told_with_the_measurement():
+    """By this clock every layer takes as long as any other, so that two take twice as long."""
+
+    class Flat:
+        def milliseconds(self, shapes: Sequence[Any]) -> list[float]:
+            return [1.0] * len(shapes)
+
+    network, task = residual()
+    task = Task(task.model, task.example, task.data, clock=Flat())
+    made = Factorize(latency=1.0)(network, task)
+    assert made.origin["factorized"]["one.0.weight"] == "dense: latency 2 with factors, 1 without"
+    neutral_equals_identity(network, made, like(IMAGE, 3, 1), tolerance=1e-5)
+    with pytest.raises(AllocationError, match="smallest value it can reach is 4"):
+        Factorize(latency=0.9)(network, task)
+
+
+def test_what_counts_as_lighter():
+    """Whatever the measure says: of 32 x 32 weights two factors are lighter below half the width."""
     network, task = mixer()
-    layer = next(layer for layer in layers_of(network, ("linear",))[0] if layer.name == "out.weight")
-    costs = Costs(network, task, "macs")
-    own = {}
-    for rank in (3, 8):  # of 32 inputs and 8 outputs: 120 and 320 weights for 256
-        own[Option((layer,), "matrix", (rank,), 0.0, 0.0)] = Decomposed((layer,), (layer.dense.weight,), Known(), ()).products("matrix", (rank,))[0]
-    assert [option.ranks for option in merged_back(own, costs)] == [(8,)]
+    layer = next(layer for layer in layers_of(network, ("linear",))[0] if layer.name == "q.weight")
+    costs = Costs(network, Task(task.model, task.example, task.data, clock=Staircase()), "latency")
+    dense = [Product(layer, (layer.dense,), torch.zeros(0))]
+    made = Decomposed((layer,), (layer.dense.weight,), Known(), ())
+    lighter = [rank for rank in range(1, 33) if costs.lighter(made.products("matrix", (rank,))[0], dense)]
+    assert lighter == list(range(1, 16))
 
 
 # Chains -----------------------------------------------------------------------------------------------------------------------------

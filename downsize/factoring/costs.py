@@ -118,19 +118,22 @@ class Costs:
         if self.clock is None:
             tables = [self.measure == "ratio" and any(one.layer.kind == "embedding" for one in products) for products in alternatives]
             return [
-                self.elements(products) if is_table else sum(stage.macs for stage, _, _ in calls)
+                self._elements(products) if is_table else sum(stage.macs for stage, _, _ in calls)
                 for products, calls, is_table in zip(alternatives, found, tables, strict=True)
             ]
         shapes = [[stage.shape(dtype, bias) for stage, dtype, bias in calls if not stage.is_table] for calls in found]
         times = iter(self.clock.milliseconds([shape for each in shapes for shape in each]))
         return [sum(next(times) for _ in each) for each in shapes]
 
-    def macs(self, products: Sequence[Product]) -> float:
-        """Multiply-accumulates, whatever the measure."""
+    def lighter(self, products: Sequence[Product], others: Sequence[Product]) -> bool:
+        """Whether products have fewer multiply-accumulates or fewer weights than others, whatever the measure."""
+        macs, elements = ([kind(one) for one in (products, others)] for kind in (self._macs, self._elements))
+        return macs[0] < macs[1] or elements[0] < elements[1]
+
+    def _macs(self, products: Sequence[Product]) -> float:
         return sum(stage.macs for stage, _, _ in self._calls(products))
 
-    def elements(self, products: Sequence[Product]) -> float:
-        """Elements of the weights, whatever the measure."""
+    def _elements(self, products: Sequence[Product]) -> float:
         return float(sum(weight.numel() for weight in {id(f): f.weight for one in products for f in one.factors}.values()))
 
     def _recorder(self, node: fx.Node) -> Hook:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
-import torch
-
 from ..errors import CutError, TaskError
 from ..network.judge import Judge
 from ..network.network import Network
@@ -19,7 +17,7 @@ from ..task import Task
 from .anchoring import anchored
 from .costs import Costs
 from .forms import Decomposed
-from .ladder import Asked, Site, climbed, with_known
+from .ladder import Asked, Knowledge, Site, climbed
 from .layers import joined, layers_of, say_as_linear
 from .options import Option, Way, by_error, by_program, by_share, cost_of
 from .rewriting import Product, put
@@ -53,23 +51,20 @@ def factorize(network: Network, task: Task, settings: Settings) -> Network:
         AllocationError: so little cannot remain.
     """
     work = _prepared(network, task, settings)
-    ways = climbed(work.network, work.sites, work.costs, work.asked, work.data)
-    own = _products(work, [option for option in _chosen(work, ways, settings) if option.form != "dense"])
-    back = merged_back(own, work.costs)
-    own = {option: products for option, products in own.items() if option not in back}
+    own, refused = _chosen(work, settings)
     made = work.network.fork()
     if own:
         put(made, [product for products in own.values() for product in products])
         if work.data is not None:
             made = _repaired(work, made, own, settings)
-    made.origin["factorized"] = _told(work, own, back, settings)
+    made.origin["factorized"] = _told(work, own, refused, settings)
     return made
 
 
 def ladder_of(network: Network, task: Task, settings: Settings) -> list[list[Way]]:
     """For each site (a layer, or layers that read the same value) the ways that are worth something, the dearest first. Nothing is changed."""
     work = _prepared(network, task, settings)
-    return climbed(work.network, work.sites, work.costs, work.asked, work.data)
+    return climbed(work.network, work.known.of(work.sites), work.costs, work.asked, work.data)[0]
 
 
 def ready(network: Network, settings: Settings) -> Network:
@@ -95,11 +90,8 @@ def nearest(network: Network, task: Task, settings: Settings) -> tuple[list[Prod
     """
     settings = replace(settings, samples=0, refit=False, fold=False)
     work = _prepared(network, task, settings)
-    ways = climbed(work.network, work.sites, work.costs, work.asked, None)
-    own = _products(work, [option for option in _chosen(work, ways, settings) if option.form != "dense"])
-    back = merged_back(own, work.costs)
-    own = {option: products for option, products in own.items() if option not in back}
-    return [product for products in own.values() for product in products], _told(work, own, back, settings)
+    own, refused = _chosen(work, settings)
+    return [product for products in own.values() for product in products], _told(work, own, refused, settings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +104,7 @@ class _Work:
     costs: Costs
     asked: Asked
     data: Data | None
+    known: Knowledge
     whole: float
     most: float
 
@@ -128,36 +121,31 @@ def _prepared(network: Network, task: Task, settings: Settings) -> _Work:
     most = inf if settings.most is None else settings.most if settings.most > 1 else settings.most * whole
     judged = settings.ranks == "ladder" and settings.amount != "ratio" and data is not None
     asked = Asked(settings.forms, settings.multiple, settings.joint, settings.damping, judged, settings.ranks == "evbmf")
-    return _Work(plain, joined(plain, found), left, costs, asked, data, whole, most)
+    sites = joined(plain, found)
+    return _Work(plain, sites, left, costs, asked, data, Knowledge(plain, sites, settings.damping, data), whole, most)
 
 
-def _chosen(work: _Work, ways: Sequence[Sequence[Way]], settings: Settings) -> list[Option]:
+def _chosen(work: _Work, settings: Settings) -> tuple[dict[Option, list[Product]], dict[str, str]]:
+    """The options taken, without the layers that stay as they are, with what takes these layers' places; and where no factors pay."""
+    ways, refused = climbed(work.network, work.known.of(work.sites), work.costs, work.asked, work.data)
     if settings.ranks == "energy":
-        return by_error(ways, 1 - settings.energy)
-    if settings.ranks == "evbmf":
-        return [option for each in ways for option in min(each, key=cost_of)]
-    if settings.amount == "ratio":
+        taken = by_error(ways, 1 - settings.energy)
+    elif settings.ranks == "evbmf":
+        taken = [option for each in ways for option in min(each, key=cost_of)]
+    elif settings.amount == "ratio":
         assert settings.most is not None  # the technique has checked it
-        return by_share(ways, settings.most)
-    rest = work.whole - sum(work.costs.dense(layer) for site in work.sites for layer in site)
-    return by_program(ways, settings.amount, work.most, rest)
-
-
-def merged_back(own: Mapping[Option, Sequence[Product]], costs: Costs) -> list[Option]:
-    """The options that have neither fewer multiply-accumulates nor fewer weights than their layers as they are: these go back."""
-    found = []
-    for option, products in own.items():
-        dense = [Product(layer, (layer.dense,), torch.zeros(0)) for layer in option.layers]
-        if costs.macs(products) >= costs.macs(dense) and costs.elements(products) >= costs.elements(dense):
-            found.append(option)
-    return found
+        taken = by_share(ways, settings.most)
+    else:
+        rest = work.whole - sum(work.costs.dense(layer) for site in work.sites for layer in site)
+        taken = by_program(ways, settings.amount, work.most, rest)
+    return _products(work, [option for option in taken if option.form != "dense"]), refused
 
 
 def _products(work: _Work, options: Sequence[Option]) -> dict[Option, list[Product]]:
     """What takes the layers' places, made from what they read in the network as it is."""
     found: dict[Option, list[Product]] = {}
     touched = [site for site in work.sites if any(set(option.layers) & set(site) for option in options)]
-    for site, known in with_known(work.network, touched, work.asked.damping, work.data):
+    for site, known in work.known.of(touched):
         for option in options:
             if set(option.layers) <= set(site):
                 made = Decomposed(option.layers, [layer.dense.weight for layer in option.layers], known, (option.form,))
@@ -184,7 +172,7 @@ def _repaired(work: _Work, made: Network, own: Mapping[Option, Sequence[Product]
     return made
 
 
-def _told(work: _Work, own: Mapping[Option, Sequence[Product]], back: Sequence[Option], settings: Settings) -> dict[str, Any]:
+def _told(work: _Work, own: Mapping[Option, Sequence[Product]], refused: Mapping[str, str], settings: Settings) -> dict[str, Any]:
     """What was done, for reports: each layer's form and ranks, its own error, and its cost (of several together: of all) before and after."""
     told: dict[str, Any] = {"by": settings.ranks if settings.samples else f"{settings.ranks} without data: nothing was measured"}
     for option in own:
@@ -192,5 +180,4 @@ def _told(work: _Work, own: Mapping[Option, Sequence[Product]], back: Sequence[O
         note = f"{option}, error {option.own:.3g}, {settings.amount} {before:.6g} -> {option.cost:.6g}"
         note += f", together with {len(option.layers) - 1} more" if len(option.layers) > 1 else ""
         told |= {layer.name: note for layer in option.layers}
-    told |= {layer.name: f"dense: {option} is neither smaller nor has fewer MACs" for option in back for layer in option.layers}
-    return told | {name: f"left: {reason}" for name, reason in work.left.items()}
+    return dict(refused) | told | {name: f"left: {reason}" for name, reason in work.left.items()}

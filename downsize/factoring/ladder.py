@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import exp, log
 from typing import Any
 
@@ -27,6 +28,8 @@ from .rewriting import Product
 
 # Of the ways of a layer so many are judged by the outputs, the others lie between them.
 POINTS = 5
+# On about so many samples: of the outputs of a whole network few say enough.
+JUDGED = 128
 # Below this part of a layer's energy an error is rounding.
 SMALLEST = 1e-9
 # A layer whose Gram matrix has more elements than this, of all groups, is decomposed without data.
@@ -49,39 +52,55 @@ class Asked:
     evidence: bool = False
 
 
-def climbed(network: Network, sites: Sequence[Site], costs: Costs, asked: Asked, data: Data | None) -> list[list[Way]]:
-    """The ways of every site, none dominated; the first leaves it as it is unless another is no worse and cheaper."""
+def climbed(
+    network: Network, sites: Iterable[tuple[Site, Known]], costs: Costs, asked: Asked, data: Data | None
+) -> tuple[list[list[Way]], dict[str, str]]:
+    """The ways of every site, none dominated; the first leaves it as it is unless another is no worse and cheaper. And by name of layer
+    what the cheapest factors cost, where none pay."""
     nodes = {node.name: node for node in network.graph.nodes}
-    tail = TailJudge(network, data.trial) if data is not None and asked.judged else None
-    found = []
-    for site, known in with_known(network, sites, asked.damping, data):
-        judge = None
+    rank = {name: number for number, name in enumerate(nodes)}
+    tail = TailJudge(network, few(data.trial)) if data is not None and asked.judged else None
+    found: list[list[Way]] = []
+    refused: dict[str, str] = {}
+    for site, known in sites:
         if tail is not None:
-            tail.move(nodes[min((name for layer in site for name in layer.readers), key=list(nodes).index)])
-            judge = tail
-        found.append(_ways(network, site, known, costs, asked, judge))
-    return found
+            tail.move(nodes[min((name for layer in site for name in layer.readers), key=rank.__getitem__)])
+        alone = [_options(network, (layer,), known, costs, asked, tail) for layer in site]
+        refused |= {layer.name: note for layer, (_, note) in zip(site, alone, strict=True) if note}
+        dense = [Option((layer,), "dense", (), 0.0, costs.dense(layer)) for layer in site]
+        together = _options(network, site, known, costs, asked, tail)[0] if asked.joint and len(site) > 1 else []
+        found.append(ways_of([[one, *others] for one, (others, _) in zip(dense, alone, strict=True)], together))
+    return found, refused
 
 
-def _ways(network: Network, site: Site, known: Known, costs: Costs, asked: Asked, judge: Callable[[Network], float] | None) -> list[Way]:
-    alone = [_options(network, (layer,), known, costs, asked, judge) for layer in site]
-    dense = [Option((layer,), "dense", (), 0.0, costs.dense(layer)) for layer in site]
-    together = _options(network, site, known, costs, asked, judge) if asked.joint and len(site) > 1 else []
-    return ways_of([[one, *others] for one, others in zip(dense, alone, strict=True)], together)
+def few(pieces: Sequence[list[Tensor]]) -> Sequence[list[Tensor]]:
+    """Some of the pieces, with about :data:`JUDGED` samples."""
+    samples = len(pieces) * max((leaf.shape[0] for leaf in pieces[0] if leaf.dim()), default=1)
+    return pieces[:: max(1, min(samples // JUDGED, len(pieces)))]
 
 
-def _options(network: Network, layers: Site, known: Known, costs: Costs, asked: Asked, judge: Callable[[Network], float] | None) -> list[Option]:
-    """The options of the layers together that cost less than they do as they are, each with its error."""
+def _options(
+    network: Network, layers: Site, known: Known, costs: Costs, asked: Asked, judge: Callable[[Network], float] | None
+) -> tuple[list[Option], str]:
+    """The options of the layers together that pay, each with its error; or why there is none."""
     made = Decomposed(layers, [layer.dense.weight for layer in layers], known, asked.forms)
     wanted = made.by_evidence() if asked.evidence else made.candidates(asked.multiple)
     tried = [(form, ranks, *made.products(form, ranks)) for form, ranks in wanted]
-    dense = sum(map(costs.dense, layers))
-    prices = costs.several([products for _, _, products, _ in tried])
-    found = [Option(layers, form, ranks, error, price) for (form, ranks, _, error), price in zip(tried, prices, strict=True) if price < dense]
+    if not tried:
+        return [], "dense: no form applies"
+    dense = [Product(layer, (layer.dense,), torch.zeros(0)) for layer in layers]
+    whole, *prices = costs.several([dense, *(products for _, _, products, _ in tried)])
+    found = [
+        Option(layers, form, ranks, error, price)
+        for (form, ranks, products, error), price in zip(tried, prices, strict=True)
+        if price < whole and costs.lighter(products, dense)
+    ]
+    if not found:
+        return [], f"dense: {costs.measure} {min(prices):.6g} with factors, {whole:.6g} without"
     front = undominated(found)
-    if judge is None or not front:
-        return [replace(option, error=option.own * len(layers)) for option in front]
-    return judged(front, lambda option: judge(imitated(network, made.products(option.form, option.ranks)[0])))
+    if judge is None:
+        return [replace(option, error=option.own * len(layers)) for option in front], ""
+    return judged(front, lambda option: judge(imitated(network, made.products(option.form, option.ranks)[0]))), ""
 
 
 def judged(front: Sequence[Option], judge: Callable[[Option], float]) -> list[Option]:
@@ -114,6 +133,24 @@ def imitated(network: Network, products: Sequence[Product]) -> Network:
 
 
 # What is read ----------------------------------------------------------------------------------------------------------------------
+
+
+class Knowledge:
+    """What the layers of each site read. All is kept where there is room for it, else found again each time it is asked for."""
+
+    def __init__(self, network: Network, sites: Sequence[Site], damping: float, data: Data | None) -> None:
+        self._ask = partial(with_known, network, damping=damping, data=data)
+        self.sites = list(sites)
+        self._kept: dict[Site, Known] | None = None
+        self._fits = data is None or sum(_gram_elements(site[0]) for site in sites) <= GRAM_ELEMENTS
+
+    def of(self, sites: Sequence[Site]) -> Iterable[tuple[Site, Known]]:
+        """Of these sites, each with what is known."""
+        if not self._fits:
+            return self._ask(sites)
+        if self._kept is None:
+            self._kept = dict(self._ask(self.sites))
+        return [(site, self._kept[site]) for site in sites]
 
 
 def with_known(network: Network, sites: Sequence[Site], damping: float, data: Data | None) -> Iterator[tuple[Site, Known]]:
