@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_nets import Net, conv, like, operators, task_of
 from torch import Tensor, nn
-from zoo import block, head, shake, specimen
+from zoo import BY_NAME, block, head, shake, specimen
 
 import downsize as ds
 from downsize.errors import AllocationError, CutError, SpecError, TaskError
@@ -109,6 +109,16 @@ def test_a_factored_network_obeys_the_laws():
     assert 0.4 * cost(network, task).macs < cost(made, task).macs <= 0.5 * cost(network, task).macs
     told = made.origin["factorized"]
     assert told["by"] == "ladder" and "macs" in told["one.0.weight"] and "error" in told["one.0.weight"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shuffle", "vit", "text", "gpt2", "llama", "segformer"])
+def test_so_does_every_architecture(name: str):
+    example = BY_NAME[name].inputs(2)
+    model, network = specimen(name)
+    task = Task(model, example, {"calibrate": lambda: [(BY_NAME[name].inputs(size), None) for size in (8, 9, 10)]})
+    made = check_technique(Factorize(ratio=0.5, multiple=1), network, task)
+    assert sum(tensor.numel() for tensor in made.parameters()) < sum(tensor.numel() for tensor in network.parameters())
 
 
 @pytest.mark.parametrize("fields", [{"parameters": 0.6}, {"size": 0.6}, {"macs": 0.6, "joint": False}, {"parameters": 0.6, "what": ("embedding",)}])
