@@ -8,9 +8,11 @@ from typing import Literal
 from pydantic import Field
 
 from ..errors import SpecError
+from ..factoring.rotation import rotate
 from ..network.network import Network
 from ..pruning.ladder import Ladder
-from ..pruning.structure import Settings, ladders_of, prune
+from ..pruning.pieces import collected
+from ..pruning.structure import Settings, ladders_of, prepared, prune
 from ..spec import frozen
 from ..task import Task
 from ..training.gates import train_gates
@@ -39,6 +41,8 @@ class Prune:
             (gradients of the loss if there are class labels, else of the outputs); ``geometric_median``; ``energy`` of what is read; ``random``;
             ``gates``: before each cut the network is trained as ``tune`` says with a gate on each unit, so that those that open cost what may
             remain; units are ordered by how open they are (hard concrete gates; Louizos et al. 2018).
+        rotate: with ``head_dims`` among ``what``, and data: give each head first the basis in which its last dimensions carry least of q k^T
+            and of what is read of values, where that changes nothing (see :func:`~downsize.factoring.rotation.rotate`).
         refit: fit the layers that read cut units in closed form; each only if it helps on held-back samples.
         renormalise: measure batch norms again, where ``fold`` left any.
         fold: fold batch norms into convolutions first, which repairs better, and drop dropout; False keeps both, as by default with ``tune``
@@ -61,6 +65,7 @@ class Prune:
     scope: Literal["global", "layer"] = "global"
     what: tuple[Literal["channels", "heads", "neurons", "head_dims", "width", "layers"], ...] = ("channels", "heads", "neurons")
     importance: Literal["obs", "l1", "l2", "scale", "taylor", "geometric_median", "energy", "random", "gates"] = "obs"
+    rotate: bool = True
     refit: bool = True
     renormalise: bool = True
     fold: bool | None = None
@@ -94,6 +99,7 @@ class Prune:
             AllocationError: so little cannot remain; the message says how little can.
             CutError: the network is quantized, or the cut network does not compute what it should, which would be a fault of downsize.
         """
+        network = self.rotated(network, task)
         if not self.tune:
             return prune(network, task, self.settings())
         plan = Training() if self.tune is True else self.tune
@@ -103,7 +109,16 @@ class Prune:
 
     def ladder(self, network: Network, task: Task) -> list[Ladder]:
         """What each width of each axis costs in error: see :class:`~downsize.pruning.ladder.Ladder`. Nothing is pruned."""
-        return ladders_of(network, task, replace(self.settings(), scope="global"))
+        return ladders_of(self.rotated(network, task), task, replace(self.settings(), scope="global"))
+
+    def rotated(self, network: Network, task: Task) -> Network:
+        """The network with rotated heads, which ``origin["rotated"]`` names, if ``rotate`` says so; else as it is."""
+        if not (self.rotate and self.samples and "head_dims" in self.what):
+            return network
+        made = prepared(network, self.settings().fold)
+        data = collected(made, task, self.samples, self.holdout)
+        made.origin["rotated"] = rotate(made, data.fit, data.port)
+        return made
 
     def settings(self) -> Settings:
         """What was asked for, with what it implies; for :func:`downsize.pruning.structure.prune`, which can train between rounds."""
