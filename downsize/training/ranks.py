@@ -16,7 +16,7 @@ from ..network.network import Network
 from .hook import Hook, Learner
 
 # How often the factors are chosen anew, and the strength of the pull at the first choice and at the last.
-CHOICES = 30
+CHOICES = 12
 WEAKEST, STRONGEST = 0.03, 30.0
 
 
