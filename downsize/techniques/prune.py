@@ -35,8 +35,8 @@ class Prune:
             network's own up to 1, above 1 absolute numbers (latency: milliseconds, of the layers); ``ratio`` is the share of each
             axis' units that stays.
         scope: ``global`` (each axis as much as it can bear) or ``layer`` (the same share of each axis).
-        what: kinds of axes: ``channels``, ``heads``, ``neurons``; also ``head_dims`` and ``width``, which cross a normalisation over the
-            units and so are inexact; or ``layers``: residual branches and repeated layers are taken out whole.
+        what: kinds of axes: ``channels``, ``heads``, ``neurons``; also ``head_dims``, the inner dimension of heads, and ``width``, which
+            crosses a normalisation over the units and so is inexact; or ``layers``: residual branches and repeated layers are taken out whole.
         importance: what orders the units: ``obs``; norms of all weights of a unit ``l1``, ``l2``; ``scale`` of batch norms; ``taylor``
             (gradients of the loss if there are class labels, else of the outputs); ``geometric_median``; ``energy`` of what is read; ``random``;
             ``gates``: before each cut the network is trained as ``tune`` says with a gate on each unit, so that those that open cost what may
