@@ -22,7 +22,8 @@ from downsize.task import Task
 from downsize.techniques.quantize import Quantize
 
 KEPT = Path(__file__).parent.parent / "runs" / "quantization"
-SAMPLES = 400  # of the calibration sentences, for ranges of activations
+SAMPLES = 400  # of the calibration sentences or crops, for ranges of activations
+STEPS = 400  # of reconstruction, of each part
 
 
 def task_of(subject: Subject) -> Task:
@@ -53,8 +54,10 @@ def minilm(seed: int) -> Iterator[Row]:
     alone: dict[str, Any] = {"activations": "none", "symmetric": False}
     for name, technique in {
         "4 bits, a scale for 128 columns": Quantize(bits=4, tables=4, group=128, **alone, samples=subject.samples),
+        "4 bits, tables in 3, a scale for 64 columns": Quantize(bits=4, tables=3, group=64, **alone, samples=subject.samples),
         "4 bits, a scale for 32 columns": Quantize(bits=4, tables=4, group=32, **alone, samples=subject.samples),
         "4 bits, a scale for 32 columns, to nearest": Quantize(bits=4, tables=4, group=32, **alone, rounding="nearest"),
+        "4 bits, a scale for 32 columns, AWQ": Quantize(bits=4, tables=4, group=32, **alone, rounding="awq", samples=SAMPLES),
         "8 bits, weights alone": Quantize(activations="none"),
         "8 bits, static": Quantize(samples=SAMPLES),
         "3 bits, a scale for 32 columns": Quantize(bits=3, tables=3, group=32, **alone, samples=subject.samples),
@@ -62,6 +65,26 @@ def minilm(seed: int) -> Iterator[Row]:
         yield Row(name, lambda technique=technique: technique(original, task), judge)
         if name.endswith("to nearest"):
             yield from peers(original, task, judge)
+
+
+def lite0(seed: int) -> Iterator[Row]:
+    """EfficientNet-Lite0: the whole file, calibrated on changed crops, judged on crops of other photos."""
+    subject = SUBJECTS["lite0"]
+    start = subject.start()
+    assert start.model is not None
+    task = Task(start.model, start.example, {"calibrate": start.calibrate}, progress=Progress())
+    judge, original = judge_of(task, subject), capture(task.model, task.example)
+    yield Row("float", lambda: original, judge)
+    alone: dict[str, Any] = {"bits": 4, "activations": "none", "ends": 8}
+    for name, technique in {
+        "8 bits, static": Quantize(samples=SAMPLES),
+        "4 bits, weights alone, to nearest": Quantize(**alone, rounding="nearest"),
+        "4 bits, weights alone, GPTQ": Quantize(**alone, samples=SAMPLES),
+        "4 bits, weights alone, reconstructed": Quantize(**alone, samples=SAMPLES, reconstruct=STEPS),
+        "4 bits, activations in 8, reconstructed": Quantize(bits=4, samples=SAMPLES, reconstruct=STEPS),
+        "mixed, at most 60 % of the 8-bit file": Quantize(widths=(2, 3, 4, 5, 6, 8), size="56%", samples=SAMPLES),
+    }.items():
+        yield Row(name, lambda technique=technique: technique(original, task), judge)
 
 
 def peers(original: Network, task: Task, judge: Callable[[Any], Quality]) -> Iterator[Row]:
@@ -119,4 +142,4 @@ def nncf_compressed(plain: Path, file: Path, task: Task, group: int) -> Path:
     return file
 
 
-CASES = {"minilm": minilm}
+CASES = {"lite0": lite0, "minilm": minilm}
