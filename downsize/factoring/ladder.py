@@ -29,7 +29,7 @@ from .rewriting import Product
 # Of the ways of a layer so many are judged by the outputs, the others lie between them.
 POINTS = 5
 # On about so many samples: of the outputs of a whole network few say enough.
-JUDGED = 128
+JUDGED = 64
 # Below this part of a layer's energy an error is rounding.
 SMALLEST = 1e-9
 # A layer whose Gram matrix has more elements than this, of all groups, is decomposed without data.
@@ -76,7 +76,7 @@ def climbed(
 def few(pieces: Sequence[list[Tensor]]) -> Sequence[list[Tensor]]:
     """Some of the pieces, with about :data:`JUDGED` samples."""
     samples = len(pieces) * max((leaf.shape[0] for leaf in pieces[0] if leaf.dim()), default=1)
-    return pieces[:: max(1, min(samples // JUDGED, len(pieces)))]
+    return pieces[:: max(1, -(-samples // JUDGED))]
 
 
 def _options(
