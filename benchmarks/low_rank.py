@@ -10,6 +10,8 @@ ONNX file in ONNX Runtime. What is measured, and how, stands in benchmarks/READM
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ import torch
 from pruning_models import SUBJECTS, Subject
 from rows import Quality, Row, main
 from torch import nn
-from training_data import sentence_batches
+from training_data import fashion_validation, sentence_batches
 from training_fashion import EXAMPLE, RESNET_EPOCHS, dense, score, task_of
 from training_real import quality_of
 
@@ -32,6 +34,7 @@ from downsize.network.network import Network
 from downsize.network.onnx_file import write
 from downsize.progress import Progress
 from downsize.runtimes import open_artifact
+from downsize.scores import top1
 from downsize.task import Task
 from downsize.techniques.compensate import Compensate
 from downsize.techniques.distill import Distill
@@ -54,14 +57,17 @@ def resnet(seed: int) -> Iterator[Row]:
         "plain truncation: one form, the same share of each layer", lambda: Factorize(ratio=0.5, samples=0, forms=("tucker",))(start, task), score
     )
     yield Row("tensorly: Tucker, the same share of each layer", lambda: capture(by_tensorly(model), EXAMPLE), score)
+    if importlib.util.find_spec("aimet_torch"):
+        yield Row("AIMET: spatial SVD, greedy ranks", lambda: capture(by_aimet(model), EXAMPLE), score)
     yield Row("half the MACs, not trained", lambda: Factorize(macs=0.5, **data)(start, task), score)
     plan: dict[str, Any] = {"epochs": EPOCHS, "rate": 0.05, "optimizer": "sgd", "decay": 5e-4, "warmup": 0.1}
     taught: dict[str, Any] = {**plan, "outputs": "logits", "temperature": 4.0, "weight": 0.9}
+    longer: dict[str, Any] = taught | {"epochs": 3.0}
     whole = Factorize(macs=0.5, fold=False, **data)
     yield Row("half the MACs, distilled for one epoch", lambda: Distill(**taught)(whole(start, task), task), score)
     yield Row(
         "half the MACs, ranks learned in three epochs",
-        lambda: Factorize(macs=0.5, fold=False, train=Distill(**taught | {"epochs": 3.0}))(start, task),
+        lambda: Factorize(macs=0.5, fold=False, train=Distill(**longer))(start, task),
         score,
     )
 
@@ -79,12 +85,14 @@ def by_tensorly(model: nn.Module) -> nn.Module:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Conv2d) and layer.kernel_size[0] > 1 and min(layer.weight.shape[:2]) > 1:
                 ranks = _halved(layer)
-                (core, (outer, inner)), _ = partial_tucker(layer.weight.detach(), rank=ranks, modes=[0, 1])
+                found: Any = partial_tucker(layer.weight.detach(), rank=ranks, modes=[0, 1])
+                (core, (outer, inner)), _ = found
                 first, last = (
                     nn.Conv2d(layer.in_channels, ranks[1], 1, bias=False),
                     nn.Conv2d(ranks[0], layer.out_channels, 1, bias=layer.bias is not None),
                 )
-                middle = nn.Conv2d(ranks[1], ranks[0], layer.kernel_size, layer.stride, layer.padding, layer.dilation, bias=False)
+                geometry: Any = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+                middle = nn.Conv2d(ranks[1], ranks[0], *geometry, bias=False)
                 with torch.no_grad():
                     first.weight.copy_(inner.T[:, :, None, None])
                     middle.weight.copy_(core)
@@ -92,6 +100,25 @@ def by_tensorly(model: nn.Module) -> nn.Module:
                     if layer.bias is not None and last.bias is not None:
                         last.bias.copy_(layer.bias)
                 setattr(parent, name, nn.Sequential(first, middle, last))
+    return made.eval()
+
+
+def by_aimet(model: nn.Module) -> nn.Module:
+    """AIMET's spatial SVD of all convolutions at half the MACs, ranks by its greedy search on ten batches with classes; no fine-tuning."""
+    from decimal import Decimal
+
+    import aimet_torch.compress as aimet  # pyright: ignore[reportMissingImports]  (a peer, not a dependency)
+    from aimet_torch.common.defs import CompressionScheme, CostMetric  # pyright: ignore[reportMissingImports]
+    from aimet_torch.defs import GreedySelectionParameters, SpatialSvdParameters  # pyright: ignore[reportMissingImports]
+
+    def accuracy(made: nn.Module, batches: int | None, use_cuda: bool = False) -> float:
+        with torch.no_grad():
+            return top1(made, itertools.islice(fashion_validation(), batches))
+
+    search = GreedySelectionParameters(target_comp_ratio=Decimal("0.5"), num_comp_ratio_candidates=10)
+    asked = SpatialSvdParameters(mode=SpatialSvdParameters.Mode.auto, params=SpatialSvdParameters.AutoModeParams(search, modules_to_ignore=[]))
+    scheme = {"compress_scheme": CompressionScheme.spatial_svd, "cost_metric": CostMetric.mac, "parameters": asked, "trainer": None}
+    made, _ = aimet.ModelCompressor.compress_model(model, accuracy, 10, (1, *EXAMPLE.shape[1:]), **scheme)
     return made.eval()
 
 
