@@ -1,10 +1,9 @@
-"""factorize() as a whole: what it leaves, what it loses, chains with other techniques, and what it refuses."""
+"""factorize() as a whole: what it leaves, what it loses, and what it refuses."""
 
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from factor_nets import IDS, IMAGE, Mixer, cost, mixer, residual
 from small_nets import Net, conv, like, operators, task_of
-from torch import Tensor, nn
-from zoo import BY_NAME, block, head, shake, specimen
+from torch import nn
+from zoo import BY_NAME, specimen
 
 import downsize as ds
 from downsize.errors import AllocationError, CutError, SpecError, TaskError
@@ -26,79 +26,16 @@ from downsize.factoring.layers import joined, layers_of
 from downsize.factoring.options import Option, cost_of, error_of
 from downsize.factoring.rewriting import Product, put
 from downsize.network.capture import capture
-from downsize.network.cost import count
 from downsize.network.judge import Judge
 from downsize.network.network import Network
 from downsize.pruning.latency import predicted
 from downsize.pruning.pieces import collected
-from downsize.recipe import Recipe
 from downsize.structure import flatten
 from downsize.task import Task
-from downsize.techniques.distill import Distill
 from downsize.techniques.factorize import Factorize
-from downsize.techniques.prune import Prune
 from downsize.techniques.quantize import Quantize
 from downsize.techniques.sparsify import Sparsify
-from downsize.testing import check_technique, loaded_equals_live, neutral_equals_identity, simulation_equals_artifact
-
-IMAGE = torch.zeros(2, 3, 12, 12)
-
-
-class Residual(nn.Module):
-    """A residual block over 16 channels whose weights are nearly of low rank, so that something can be gained."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.one, self.two, self.head = block(3, 16), block(16, 24), nn.Conv2d(24, 16, 3, padding=1, bias=False), head(16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.head(torch.relu(x + self.two(self.one(x))))
-
-
-@functools.cache
-def residual() -> tuple[Network, Task]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = Residual()
-    shake(model)
-    return capture(model.eval(), IMAGE), task_of(model, IMAGE, batches=12)
-
-
-class Mixer(nn.Module):
-    """Tokens, attention of one head and a residual network over them."""
-
-    def __init__(self, width: int = 32) -> None:
-        super().__init__()
-        self.table, self.out = nn.Embedding(50, width), nn.Linear(width, 8)
-        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.table(ids)
-        x = x + torch.softmax(self.q(x) @ self.k(x).mT / 6, -1) @ self.v(x)
-        return self.out(x + self.down(torch.tanh(self.up(x))))
-
-
-IDS = torch.zeros(2, 9, dtype=torch.int64)
-
-
-@functools.cache
-def mixer() -> tuple[Network, Task]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = Mixer().eval()
-    with torch.no_grad():
-        for layer in (model.q, model.k, model.v, model.up, model.down):
-            # Some directions matter more than others, as after training.
-            left, values, right = torch.linalg.svd(layer.weight, full_matrices=False)
-            layer.weight.copy_(left * values * torch.exp(-torch.arange(len(values)) / 8) * 3 @ right)
-    return capture(model, IDS), task_of(model, IDS, batches=12)
-
-
-def cost(network: Network, task: Task) -> Any:
-    return count(network, task.example)
-
+from downsize.testing import check_technique, neutral_equals_identity
 
 # What remains -----------------------------------------------------------------------------------------------------------------------
 
@@ -331,61 +268,6 @@ def test_what_counts_as_lighter():
     made = Decomposed((layer,), (layer.dense.weight,), Known(), ())
     lighter = [rank for rank in range(1, 33) if costs.lighter(made.products("matrix", (rank,))[0], dense)]
     assert lighter == list(range(1, 16))
-
-
-# Chains -----------------------------------------------------------------------------------------------------------------------------
-
-
-def test_pruning_cuts_the_rank():
-    network, task = mixer()
-    made = Factorize(macs=0.7, what=("linear",))(network, task)
-    again = check_technique(Prune(macs=0.6, multiple=1), made, task)
-    assert cost(again, task).macs <= 0.6 * cost(made, task).macs
-    ranks = [{name: tensor.shape[0] for name, tensor in one.named_tensors() if ".first." in name} for one in (made, again)]
-    assert any(ranks[1][name] < rank for name, rank in ranks[0].items())
-
-
-def test_a_pruned_network_is_factored():
-    network, task = residual()
-    pruned = Prune(macs=0.7)(network, task)
-    made = check_technique(Factorize(macs=0.7), pruned, task)
-    assert cost(made, task).macs <= 0.7 * cost(pruned, task).macs
-
-
-@pytest.mark.parametrize("which", ["mixer", "residual"])
-def test_factors_are_quantized_and_the_file_computes_what_they_do(which: str, tmp_path: Path):
-    network, task = {"mixer": mixer, "residual": residual}[which]()
-    made = Factorize(macs=0.6)(network, task)
-    quantized = Quantize()(made, task)
-    weights = {str(node.args[0].target) for node in quantized.graph.nodes if node.target is torch.ops.downsize.fake_quantize.default}
-    assert any(".first." in name for name in weights) and any(".second." in name for name in weights)
-    ds.runtimes.RUNTIMES["onnxruntime"].export(quantized, tmp_path / "made.onnx")
-    example = like(task.example, 3, 7)
-    assert simulation_equals_artifact(quantized, tmp_path / "made.onnx", example).requantizations > 0
-
-
-def test_factors_are_trained_and_made_sparse():
-    network, task = mixer()
-    batches = [(like(IDS, 8, seed), None) for seed in range(8)]
-    task = Task(task.model, task.example, {**task.data, "train": lambda: batches})
-    made = Factorize(macs=0.4, refit=False, fold=False)(network, task)
-    judge = Judge(network, [[like(IDS, 64, 100)]])
-    trained = Distill(epochs=6, rate=3e-3)(made, task)
-    assert judge(trained) < judge(made)
-    sparse = Sparsify(sparsity=0.5)(made, task)
-    assert any(".first." in name for name in sparse.sparse)
-
-
-def test_it_is_spelled_saved_and_factored_again(tmp_path: Path):
-    network, task = mixer()
-    (step,) = Recipe.parse("factorize(macs=0.7, multiple=4, forms=('tucker', 'cp'))").steps
-    assert step == Factorize(macs=0.7, multiple=4, forms=("tucker", "cp"))
-    assert Recipe.parse(str(Recipe((step,)))).steps == (step,)
-    made = step(network, task)
-    loaded = loaded_equals_live(made, task.example, tmp_path)
-    again = Factorize(ratio=0.7, multiple=1)(loaded, task)
-    assert cost(again, task).macs <= 0.8 * cost(made, task).macs
-    assert any(".first.second" in name or ".second.first" in name for name, _ in again.named_tensors())
 
 
 # What it refuses --------------------------------------------------------------------------------------------------------------------
