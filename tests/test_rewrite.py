@@ -332,6 +332,8 @@ def test_constants_are_replaced_and_added_under_free_names():
     names = [add_constant(network, "block.weight", torch.ones(2), before).target for _ in range(2)]
     assert names == ["block.weight_2", "block.weight_3"]
     assert add_constant(network, "graph", torch.ones(2), before).target == "graph_2"
+    below = [add_constant(network, f"{names[0]}.first.weight", torch.ones(2), before).target for _ in range(2)]
+    assert below == [f"{str(names[0]).replace('.', '_')}_first_weight", f"{str(names[0]).replace('.', '_')}_first_weight_2"]  # a tensor has no parts
     assert torch.equal(network.tensor("block.weight_3"), torch.ones(2))
 
 

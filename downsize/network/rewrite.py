@@ -50,7 +50,11 @@ def set_constant(network: Network, node: fx.Node, tensor: Tensor) -> None:
 
 
 def add_constant(network: Network, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
-    """A new ``get_attr`` node before ``before`` that reads ``tensor``, stored under ``name`` or, if taken, the name with a number."""
+    """A new ``get_attr`` node before ``before`` that reads ``tensor``, stored under ``name`` or, if taken, the name with a number.
+
+    Where a part of the path is a tensor, which has no parts, the name has ``_`` for its dots.
+    """
+    name = name.replace(".", "_") if _is_blocked(network, name) else name
     unique, number = name, 1
     while _taken(network, unique):
         number += 1
@@ -60,6 +64,16 @@ def add_constant(network: Network, name: str, tensor: Tensor, before: fx.Node) -
         node = network.graph.get_attr(unique)
     node.meta = {"module": before.meta.get("module", ""), "source": before.meta.get("source", "")}
     return node
+
+
+def _is_blocked(network: Network, name: str) -> bool:
+    """Whether something before the last part of the path is there, and no module."""
+    module: torch.nn.Module = network.graph_module
+    for part in name.split(".")[:-1]:
+        if part not in module._modules:
+            return hasattr(module, part)
+        module = module.get_submodule(part)
+    return False
 
 
 def _taken(network: Network, name: str) -> bool:
