@@ -115,8 +115,9 @@ def run(
 ) -> None:
     """Build the file of your own recipe and judge it by the limits you give.
 
-    Techniques: prune, finetune, distill, sparsify, quantize, halve. They are joined by |, and a plan of training may stand in another step:
-    "prune(macs=0.5, tune=finetune(epochs=1)) | quantize(bits=4, train=distill(epochs=2))". Their fields are in docs/. Exit status as for fit.
+    Techniques: prune, factorize, finetune, distill, sparsify, quantize, compensate, halve. They are joined by |, and a plan of training may
+    stand in another step: "prune(macs=0.5, tune=finetune(epochs=1)) | quantize(bits=4, train=distill(epochs=2))". Their fields are in docs/.
+    Exit status as for fit.
     """
     target = _target(locals())
     from .planner import run as work
