@@ -16,6 +16,7 @@ from ..network.rewrite import aten
 from ..numerics.grids import BITS, INT8, Grid, activation_grid, weight_grid
 from .placement import WEIGHT_LAYERS, Placement, WeightPoint, is_transparent
 
+FLOAT = 32  # bits of what is not quantized
 # Of activations that only sums, pools and the outputs of the network read.
 BETWEEN = 8
 

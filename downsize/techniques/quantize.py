@@ -7,27 +7,26 @@ from dataclasses import field, replace
 from typing import Literal, cast
 
 from pydantic import Field
-from torch import fx
 
 from ..errors import SpecError, TaskError
 from ..network.judge import Judge
 from ..network.network import Network
 from ..network.rewrite import aten, drop_identities, fold_batch_norm, fold_padding
 from ..network.statistics import Pieces
-from ..numerics.grids import weight_grid
 from ..numerics.lowbit import Levels
-from ..quantization.bits import Bits
-from ..quantization.choosing import TRIAL_PIECES, own, plain_ranges, ranges_to_try, spread
+from ..quantization.bits import FLOAT, Bits
+from ..quantization.building import Build
+from ..quantization.choosing import TRIAL_PIECES, plain_ranges, ranges_to_try, spread
 from ..quantization.correction import correct_biases, round_biases
 from ..quantization.equalization import equalize
 from ..quantization.formats import Format
-from ..quantization.insertion import quantize_activations, quantize_dynamically, quantize_to_levels, quantize_weights, settle
+from ..quantization.insertion import quantize_dynamically, settle
 from ..quantization.keeping import without
 from ..quantization.learned import learnable, settle_learned
 from ..quantization.mixed import By, amount_of, choose_bits, size_limit
 from ..quantization.norms import fold, unfold
-from ..quantization.placement import RECURRENT, Placement, WeightPoint, place
-from ..quantization.ranges import ESTIMATORS, Range
+from ..quantization.placement import RECURRENT, Placement, place
+from ..quantization.ranges import ESTIMATORS
 from ..quantization.reconstruction import Reconstruction, reconstruct
 from ..quantization.recurrent import compute_dynamically
 from ..quantization.rounding import round_weights
@@ -42,7 +41,6 @@ from ..training.quantizing import Quantizing
 ROUNDING_PIECES = 40
 MEAN_PIECES = 64
 REDUCED = 7  # bits of weights whose products with unsigned activations can be added by twos in 16 bits
-FLOAT = 32  # bits of what is not quantized
 Width = Literal[2, 3, 4, 5, 6, 7, 8, 32]
 Codes = Literal[2, 3, 4, 5, 6, 7, 8]
 
@@ -214,6 +212,11 @@ class Quantize:
         """The bits of everything."""
         return Bits(self._within(self.bits), self.activation_bits or 8, self._within(self.ends), self.profile == "tensorrt")
 
+    @property
+    def build(self) -> Build:
+        """What puts the quantizers in."""
+        return Build(self.counts, self.levels, self.embeddings)
+
     def _within(self, bits: int) -> int:
         """The bits of a weight that the profile has room for."""
         return min(bits, REDUCED) if self.profile == "avx2" and bits != FLOAT else bits
@@ -249,13 +252,13 @@ class Quantize:
 
     def _trial(self, network: Network, pieces: tuple[Pieces, Pieces], judge: Judge) -> float:
         placement = self._place(network)
-        return judge(self._build(network, placement, plain_ranges(network, placement, self.counts, pieces[0]), {}))
+        return judge(self.build(network, placement, plain_ranges(network, placement, self.counts, pieces[0]), {}))
 
     def _fitted(self, plain: Network, pieces: tuple[Pieces, Pieces], judge: Judge, bits: Mapping[str, int]) -> Network:
         placement = self._place(plain)
         if not placement.layers and not placement.recurrent:
             raise TaskError("The network has no convolution or linear layer with a constant weight: there is nothing to quantize.")
-        trials = [self._build(plain, placement, ranges, bits) for ranges in ranges_to_try(plain, placement, self.counts, pieces, self.ranges)]
+        trials = [self.build(plain, placement, ranges, bits) for ranges in ranges_to_try(plain, placement, self.counts, pieces, self.ranges)]
         loss, best = min(((judge(trial), trial) for trial in trials), key=lambda pair: pair[0])
         solve = self.rounding == "gptq" and self.levels == "uniform"
         for improve, wanted, count in ((round_weights, solve, ROUNDING_PIECES), (correct_biases, self.correct, MEAN_PIECES)):
@@ -273,37 +276,8 @@ class Quantize:
         placement = without(placement, (*self.keep, *(tables if self.profile == "tensorrt" else ())))
         if self.kind == "dynamic":
             return placement
-        if self.kind == "dynamic":
-            return placement
         groups = self.counts.groups(network, placement) if self.kind == "static" else []
         return replace(placement, activations=[point for _, part in groups for point in part.activations])
-
-    def _build(self, plain: Network, placement: Placement, ranges: dict[fx.Node, Range], bits: Mapping[str, int] | None) -> Network:
-        """Everything quantized; ``bits``: of single weights; None: weights stay as they are."""
-        made = plain.fork()
-        moved = placement.on(made)
-        by_name = {node.name: bounds for node, bounds in ranges.items()}
-        for grid, part in self.counts.groups(made, moved):
-            quantize_activations(made, part, {node: by_name[node.name] for node in own(part)}, grid)
-        if bits is not None:
-            self._quantize_weights(made, moved, bits)
-            made.origin |= {"bits": dict(bits)} if bits else {}
-        made.recompile()
-        return made
-
-    def _quantize_weights(self, network: Network, placement: Placement, bits: Mapping[str, int]) -> None:
-        at_ends, inner = self.counts.parts(network, placement, self._is_wanted)
-        if self.levels != "uniform":
-            if self.ends != FLOAT:
-                quantize_weights(network, at_ends, weight_grid(self.ends))
-            quantize_to_levels(network, inner, cast(Levels, self.levels))
-            return
-        for count, points in self.counts.shares(network, placement, self._is_wanted, bits).items():
-            if count != FLOAT:
-                quantize_weights(network, points, weight_grid(count))
-
-    def _is_wanted(self, point: WeightPoint) -> bool:
-        return self.embeddings or not all(user.target is aten.embedding.default for user in point.node.users)
 
     # Weights alone ---------------------------------------------------------------------------------------------------------------
 
@@ -318,8 +292,8 @@ class Quantize:
         placement = self._place(plain)
         shell = plain
         if self.kind == "static":
-            shell = settle(self._build(plain, placement, plain_ranges(plain, placement, self.counts, pieces[0]), None))
-        points = [point for point in placement.weights if self._is_wanted(point)]
+            shell = settle(self.build(plain, placement, plain_ranges(plain, placement, self.counts, pieces[0]), None))
+        points = [point for point in placement.weights if self.build.takes(point)]
         ways = {bits: replace(self._inner_format, bits=bits) for bits in sorted({self._within(bits) for bits in self.widths})}
         layers = self.counts.of_inputs(plain, placement) if self.bops is not None else {}
         amount = amount_of(plain, points, self.size, self.bops, layers)
@@ -330,7 +304,7 @@ class Quantize:
         """The format of each weight; of ends and tables with 8 bits one scale a row."""
         if bits:
             return {name: replace(self._inner_format, bits=count) for name, count in bits.items()}
-        at_ends, inner = self.counts.parts(network, placement, self._is_wanted)
+        at_ends, inner = self.counts.parts(network, placement, self.build.takes)
         tables = {node.args[0] for node in network.graph.nodes if node.target is aten.embedding.default}
         formats = {str(point.node.target): self._inner_format for point in inner}
         for point in at_ends:
@@ -370,7 +344,7 @@ class Quantize:
                 raise TaskError("The network has no linear layer or LSTM; dynamic quantization is for those: use quantize(activations='static').")
             quantize_dynamically(plain, placement, linear)
             compute_dynamically(plain, placement)
-        self._quantize_weights(plain, placement, {})
+        self.build.weights(plain, placement, {})
         plain.recompile()
         return plain
 
@@ -378,7 +352,7 @@ class Quantize:
 
     def _trained(self, made: Network, plain: Network, original: Network, plan: Training, task: Task) -> Network:
         """The quantized network with weights, steps and zero points trained: first with its batch norms, then with them folded."""
-        _, inner = self.counts.parts(plain, self._place(plain), self._is_wanted)
+        _, inner = self.counts.parts(plain, self._place(plain), self.build.takes)
         levels: dict[str, Levels] = {str(point.node.target): cast(Levels, self.levels) for point in inner} if self.levels != "uniform" else {}
         student = learnable(made, plain, levels)
         norms = unfold(student, original) if self.warmup_share else []
