@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from small_nets import FOLDER, Net, conv, plain, task_of, weight
+from small_nets import FOLDER, Net, conv, like, plain, task_of, weight
 from torch import nn
 from zoo import block, shake
 
@@ -22,7 +22,10 @@ from downsize.network.onnx_file import write
 from downsize.network.statistics import Pieces, walk
 from downsize.numerics.allocation import Choice, Limit, Term, allocate
 from downsize.quantization import mixed
+from downsize.quantization.bits import Bits
+from downsize.quantization.building import Build
 from downsize.quantization.exchange import Budget, exchanged
+from downsize.quantization.floating import Shells
 from downsize.quantization.formats import Format
 from downsize.quantization.insertion import FAKE, grid_of
 from downsize.quantization.mixed import Amount, amount_of, bytes_at_8_bits, choose_bits, size_limit, stored_bytes
@@ -151,7 +154,8 @@ def test_the_program_takes_the_best_of_all_assignments(by: mixed.By, monkeypatch
     data, points, ways = data_of(network, model), place(network).weights, {bits: Format(bits) for bits in (2, 4, 8)}
     most = 0.5 * bytes_at_8_bits(network, points)
     monkeypatch.setattr(mixed, "TRIALS", 0)
-    bits = choose_bits(network, network, points, ways, Amount(most), data, by, solve=False)
+    losses = mixed.measured(network, lambda kept: network, points, ways, data, by, solve=False)
+    bits = choose_bits(network, points, ways, Amount(most), lambda: losses)
     changes = nearest_changes(network, points, {name: ways for name in bits})
     errors = (mixed.losses if by == "loss" else mixed.fisher)(network, data.held, changes)
     names = list(bits)
@@ -202,7 +206,8 @@ def test_the_whole_networks_loss_falls_by_exchanges(monkeypatch: pytest.MonkeyPa
     found = []
     for trials in (0, 32):
         monkeypatch.setattr(mixed, "TRIALS", trials)
-        bits = choose_bits(network, network, points, ways, Amount(0.45 * bytes_at_8_bits(network, points)), data, solve=False)
+        losses = mixed.measured(network, lambda kept: network, points, ways, data, solve=False)
+        bits = choose_bits(network, points, ways, Amount(0.45 * bytes_at_8_bits(network, points)), lambda losses=losses: losses)
         whole = {key: value for name, one in bits.items() for key, value in changes[name][one].items()}
         other = network.fork()
         with changed(other, whole):
@@ -274,6 +279,46 @@ def test_kept_layers_take_no_part_in_the_choice_and_unknown_names_are_refused() 
     assert set(grids_of(made)) == set(made.origin["bits"]) == {"5.weight", "7.weight"}
     with pytest.raises(SpecError, match=r"keep='7.wieght' names none of the weights; did you mean '7.weight'"):
         made_of(wide(), keep=("7.wieght",))
+
+
+@pytest.mark.parametrize("activations", ["static", "none"])
+def test_float_among_the_widths_costs_32_bits_and_leaves_the_inputs_alone(activations: str) -> None:
+    # Oracle: bytes by hand, float weights that are the original's, and quantizers before the others alone.
+    model = wide()
+    made = made_of(model, activations=activations, widths=(4, 8, 32), size="150%", equalize=False, smooth=False, rounding="nearest")
+    reference, bits = plain(model, IMAGE), made.origin["bits"]
+    kept = {name for name, count in bits.items() if count == 32}
+    assert kept and grids_of(made) == {name: count for name, count in bits.items() if count != 32}
+    shapes = {name: reference.tensor(name).flatten(1).shape for name in bits}
+    at_8_bits = sum(Format(8).bytes(*shape) for shape in shapes.values())
+    assert sum(4 * shape.numel() if name in kept else Format(bits[name]).bytes(*shape) for name, shape in shapes.items()) <= 1.5 * at_8_bits
+    for node in made.graph.nodes:
+        name = str(getattr(node.args[1], "target", "")) if len(node.args) > 1 else ""
+        if name in kept:
+            assert torch.equal(made.tensor(name), reference.tensor(name)) and node.args[0].target is not FAKE
+    everything = made_of(model, activations=activations, widths=(8, 32), size="500%", equalize=False, smooth=False)
+    images = like(IMAGE, 4, 5)
+    torch.testing.assert_close(everything(images), reference(images), rtol=1e-5, atol=1e-5)
+    assert grids_of(everything) == {}
+
+
+def test_float_counts_the_rounding_of_inputs_and_32_times_32_operations() -> None:
+    # Oracle: all assignments, by losses of weight and input alone, each measured on a network that has nothing else quantized.
+    model = Net(lambda net, x: net.b(torch.relu(net.a(x))).mean((2, 3)), a=conv(3, 8), b=conv(8, 16))
+    network = plain(model, IMAGE)
+    placement, data = place(network), data_of(network, model)
+    names = [str(point.node.target) for point in placement.weights]
+    shells = Shells(network, placement, Build(Bits(8, 8, 8), "uniform", True), Pieces.of(network, task_of(model, IMAGE, 4).batches("calibrate")))
+    spared = shells.spared(names, data)
+    # With b in float, the input of a is all that is rounded.
+    assert Judge(network, data.held)(shells(["b.weight"])) == pytest.approx(spared["a.weight"], rel=1e-4) and spared["b.weight"] > 0
+    ways = {8: Format(8), 32: None}
+    found = mixed.measured(network, shells, placement.weights, ways, data, solve=False, spared=spared)
+    weights = mixed.losses(network, data.held, nearest_changes(network, placement.weights, {name: {8: Format(8)} for name in names}))
+    assert [row[1] for row in found.alone] == [0.0, 0.0] and found.whole((1, 1)) < 1e-12 < found.whole((0, 0))
+    assert [row[0] for row in found.alone] == pytest.approx([weights[name][8] + spared[name] for name in names])
+    amount = amount_of(network, placement.weights, None, 1.0, dict.fromkeys(placement.layers, 8))
+    assert amount.in_float == {name: 128 * amount.per_bit[name] for name in names}
 
 
 # Chains -----------------------------------------------------------------------------------------------------------------------------

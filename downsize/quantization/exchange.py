@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
 
+import numpy as np
+
+from ..numerics.allocation import Limit, Term
 from ..progress import Progress
 
 Errors = Sequence[Sequence[float]]  # by choice and level
@@ -13,15 +17,33 @@ ROUNDING = 1e-12  # by what part sums of the same numbers may differ
 
 @dataclass(frozen=True)
 class Budget:
-    """The summed costs, ``costs[i][level]`` of choice i, may be at most ``most``."""
+    """The summed costs, ``costs[i][level]`` of choice i and ``pairs[i, j][level of i][level of j]``, may be at most ``most``."""
 
     name: str
     most: float
     costs: Sequence[Sequence[float]]
+    pairs: Mapping[tuple[int, int], Sequence[Sequence[float]]] = field(default_factory=dict)
 
     def of(self, levels: Sequence[int]) -> float:
         """What an assignment takes."""
-        return sum(row[level] for row, level in zip(self.costs, levels, strict=True))
+        alone = sum(row[level] for row, level in zip(self.costs, levels, strict=True))
+        return alone + sum(table[levels[i]][levels[j]] for (i, j), table in self.pairs.items())
+
+    def change(self, levels: Sequence[int], number: int, new: int) -> float:
+        """What an assignment takes more when one choice takes another level."""
+        old, more = levels[number], 0.0
+        for (i, j), table in self.pairs.items():
+            if i == number:
+                more += table[new][levels[j]] - table[old][levels[j]]
+            elif j == number:
+                more += table[levels[i]][new] - table[levels[i]][old]
+        return self.costs[number][new] - self.costs[number][old] + more
+
+    @property
+    def limit(self) -> Limit:
+        """The same for the integer program."""
+        terms = [Term((i,), np.asarray(costs)) for i, costs in enumerate(self.costs)]
+        return Limit(self.name, self.most, (*terms, *(Term(pair, np.asarray(table)) for pair, table in self.pairs.items())))
 
     def allows(self, cost: float) -> bool:
         """Whether the budget is met, up to the rounding of a sum."""
@@ -70,7 +92,8 @@ def _options(levels: tuple[int, ...], errors: Errors, budgets: Sequence[Budget])
             made = None if level is None else _given_up(_with(levels, number, level), number, errors, budgets)
             if made is not None:
                 found.append(_filled(made, levels, errors, budgets))
-    return sorted(dict.fromkeys(found), key=lambda one: sum(row[level] for row, level in zip(errors, one, strict=True)))
+    summed = {one: sum(row[level] for row, level in zip(errors, one, strict=True)) for one in found}
+    return sorted((one for one, error in summed.items() if isfinite(error)), key=summed.__getitem__)
 
 
 def _next(level: int, number: int, budgets: Sequence[Budget], dearer: bool) -> int | None:
@@ -91,7 +114,7 @@ def _given_up(levels: tuple[int, ...], fixed: int, errors: Errors, budgets: Sequ
         best = None
         for number in set(range(len(levels))) - {fixed}:
             old, new = levels[number], _next(levels[number], number, budgets, dearer=False)
-            freed = 0.0 if new is None else sum(budget.costs[number][old] - budget.costs[number][new] for budget in over)
+            freed = 0.0 if new is None else -sum(budget.change(levels, number, new) for budget in over)
             if new is not None and freed > 0:
                 option = (errors[number][new] - errors[number][old]) / freed, number, new
                 best = option if best is None else min(best, option)
@@ -108,7 +131,7 @@ def _filled(levels: tuple[int, ...], before: tuple[int, ...], errors: Errors, bu
         best = None
         for number in [i for i in range(len(levels)) if levels[i] == before[i]]:
             old, new = levels[number], _next(levels[number], number, budgets, dearer=True)
-            if new is not None and all(b.allows(each + b.costs[number][new] - b.costs[number][old]) for b, each in zip(budgets, used, strict=True)):
+            if new is not None and all(b.allows(each + b.change(levels, number, new)) for b, each in zip(budgets, used, strict=True)):
                 option = errors[number][old] - errors[number][new], number, new
                 best = option if best is None else max(best, option)
         if best is None or best[0] <= 0:

@@ -14,16 +14,19 @@ from ..network.network import Network
 from ..network.rewrite import aten, drop_identities, fold_batch_norm, fold_padding
 from ..network.statistics import Pieces
 from ..numerics.lowbit import Levels
+from ..pruning.latency_limit import need_clock
 from ..quantization.bits import FLOAT, Bits
 from ..quantization.building import Build
 from ..quantization.choosing import TRIAL_PIECES, plain_ranges, ranges_to_try, spread
 from ..quantization.correction import correct_biases, round_biases
 from ..quantization.equalization import equalize
+from ..quantization.floating import in_float
 from ..quantization.formats import Format
 from ..quantization.insertion import quantize_dynamically, settle
 from ..quantization.keeping import without
 from ..quantization.learned import learnable, settle_learned
-from ..quantization.mixed import By, amount_of, choose_bits, size_limit
+from ..quantization.limits import Limits, bits_within
+from ..quantization.mixed import By
 from ..quantization.norms import fold, unfold
 from ..quantization.placement import RECURRENT, Placement, place
 from ..quantization.ranges import ESTIMATORS
@@ -31,6 +34,7 @@ from ..quantization.reconstruction import Reconstruction, reconstruct
 from ..quantization.recurrent import compute_dynamically
 from ..quantization.rounding import round_weights
 from ..quantization.smoothing import smooth
+from ..quantization.timing import file_clock
 from ..quantization.weight_only import Data, quantize_weight_only
 from ..spec import frozen
 from ..task import Task
@@ -42,7 +46,6 @@ ROUNDING_PIECES = 40
 MEAN_PIECES = 64
 REDUCED = 7  # bits of weights whose products with unsigned activations can be added by twos in 16 bits
 Width = Literal[2, 3, 4, 5, 6, 7, 8, 32]
-Codes = Literal[2, 3, 4, 5, 6, 7, 8]
 
 
 @frozen
@@ -75,7 +78,8 @@ class Quantize:
         embeddings: quantize embedding tables too, one scale a row.
         widths: bits to choose among for each weight, the ends and tables too (mixed precision), instead of ``bits``, so that the outputs lose
             least under ``size``: a part of what the weights take at 8 bits, or bytes ('3 MB') of all weights with their scales; and under
-            ``bops``: a part of the bit operations (multiply-accumulates times bits of weight and activation) at 8 bits.
+            ``bops``: a part of the bit operations (multiply-accumulates times bits of weight and activation) at 8 bits; or, of 8 and 32, under
+            ``latency``: a part of the time of one sample in float, or a time ('3 ms'), measured in the target's runtime. 32: in float.
             ``by``: each width's ``loss``, measured; or ``fisher``, estimated from derivatives, in less time.
         profile: of the integer kernels. ``x86``: unsigned activations, asymmetric. ``avx2``: for x86 processors without VNNI, where ONNX Runtime
             adds pairs of products in 16 bits: weights have at most 7 bits, so that no sum leaves that range. ``tensorrt``: signed
@@ -106,9 +110,10 @@ class Quantize:
     levels: Levels | Literal["nf4"] = "uniform"
     train: bool | Training = False
     warmup_share: float = Field(default=1 / 3, ge=0, lt=1)
-    widths: tuple[Codes, ...] = ()
+    widths: tuple[Width, ...] = ()
     size: str | float | None = None
     bops: float | None = Field(default=None, gt=0, le=1)
+    latency: str | float | None = None
     by: By = "loss"
     profile: Literal["x86", "avx2", "tensorrt"] = "x86"
     keep: tuple[str, ...] = ()
@@ -134,29 +139,19 @@ class Quantize:
             raise SpecError(f"quantize: profile={self.profile!r} came, and weights alone, which no integer kernel multiplies; leave one out.")
         if self.profile == "tensorrt" and (self.kind != "static" or self.plan is not None or self.activation_bits not in (None, 8)):
             raise SpecError("quantize: profile='tensorrt' is for static activations of 8 bits, after training: leave the other fields out.")
-        self._check_widths()
-
-    def _check_widths(self) -> None:
-        limits = [name for name in ("size", "bops") if getattr(self, name) is not None]
-        if self.size is not None:
-            size_limit(self.size, 1.0)
-        if limits and not self.widths:
-            raise SpecError(f"quantize: {limits[0]} came without widths; expected bits to choose among, e.g. widths=[2, 3, 4, 5, 6, 8].")
-        if len(set(self.widths)) > 1 and not limits:
-            raise SpecError(f"quantize: widths={list(self.widths)} came without a limit; expected size or bops, e.g. size=60%.")
-        if self.widths and (self.levels != "uniform" or self.bits != 8 or self.activations == "dynamic"):
-            raise SpecError("quantize: widths choose the bits of uniform levels, with static activations or none; leave bits, levels or dynamic out.")
-        if self.bops is not None and self.kind != "static":
-            raise SpecError("quantize: bops count products of integers; expected static activations, or size.")
+        self.limits.check(self.widths, self.kind, self.levels == "uniform" and self.bits == 8)
 
     def __call__(self, network: Network, task: Task) -> Network:
         """The quantized network: the same function with fake quantizers in it, which a runtime's export turns into integers.
 
         Raises:
-            TaskError: no calibration data, or NaN in it or in what the network makes of it.
+            TaskError: no calibration data, NaN in it or in what the network makes of it, or ``latency`` without a clock.
+            AllocationError: a limit cannot be reached; the message says what can.
         """
         if self.bits == FLOAT:
             return network.fork()
+        if self.latency is not None:
+            file_clock(need_clock(task.clock))
         original = network.fork().eval()
         drop_identities(original)
         fold_padding(original)
@@ -172,7 +167,10 @@ class Quantize:
             # Batch norms that training brings back know the channels as they were.
             keeps = self.plan is not None and self.warmup_share > 0 and _norms(original) > _norms(plain)
             plain = self._balanced(plain, pieces, judge, self.equalize and not keeps)
-            made = self._fitted(plain, pieces, judge, self._mixed(plain, pieces, task))
+            bits = self._mixed(plain, pieces, task)
+            if bits and set(bits.values()) == {FLOAT}:
+                return network.fork()
+            made = replace(self, keep=(*self.keep, *in_float(bits)))._fitted(plain, pieces, judge, bits)
             made = self._reconstructed(plain, made, pieces, task)
         made.origin["quantized"] = self._told()
         if self.plan is not None:
@@ -201,6 +199,11 @@ class Quantize:
             and self.bits == self.ends == 8
             and self.tables in (None, 8)
         )
+
+    @property
+    def limits(self) -> Limits:
+        """Under which ``widths`` are chosen."""
+        return Limits(self.size, self.bops, self.latency, self.by, self.rounding == "gptq")
 
     @property
     def plan(self) -> Training | None:
@@ -289,21 +292,13 @@ class Quantize:
         """The bits of each weight, where ``widths`` leaves a choice."""
         if not self.widths:
             return {}
-        placement = self._place(plain)
-        shell = plain
-        if self.kind == "static":
-            shell = settle(self.build(plain, placement, plain_ranges(plain, placement, self.counts, pieces[0]), None))
-        points = [point for point in placement.weights if self.build.takes(point)]
-        ways = {bits: replace(self._inner_format, bits=bits) for bits in sorted({self._within(bits) for bits in self.widths})}
-        layers = self.counts.of_inputs(plain, placement) if self.bops is not None else {}
-        amount = amount_of(plain, points, self.size, self.bops, layers)
-        data = Data(*pieces)
-        return choose_bits(plain, shell, points, ways, amount, data, self.by, self.rounding == "gptq", task.progress)
+        widths = {self._within(bits) for bits in self.widths}
+        return bits_within(plain, self._place(plain), self.build, self._inner_format, widths, self.limits, pieces, task)
 
     def _formats(self, network: Network, placement: Placement, bits: Mapping[str, int]) -> dict[str, Format]:
         """The format of each weight; of ends and tables with 8 bits one scale a row."""
         if bits:
-            return {name: replace(self._inner_format, bits=count) for name, count in bits.items()}
+            return {name: replace(self._inner_format, bits=count) for name, count in bits.items() if count != FLOAT}
         at_ends, inner = self.counts.parts(network, placement, self.build.takes)
         tables = {node.args[0] for node in network.graph.nodes if node.target is aten.embedding.default}
         formats = {str(point.node.target): self._inner_format for point in inner}
@@ -318,6 +313,8 @@ class Quantize:
         pieces = self._split(plain, task) if self.rounding in ("awq", "gptq") or self.widths or self.reconstruct else None
         bits = self._mixed(plain, pieces, task) if pieces else {}
         formats = self._formats(plain, placement, bits)
+        if bits and not formats:
+            return plain
         if not formats:
             raise TaskError("The network has no convolution, linear layer or table with a constant weight: there is nothing to quantize.")
         plain.origin |= {"bits": bits} if bits else {}
