@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import quantization_peers
 from pruning_models import SUBJECTS, Subject
+from quantization_peers import KEPT as KEPT
+from quantization_peers import answering, saved_bytes
 from rows import Quality, Row
+from torch import nn
 from training_data import sentence_batches
 from training_real import quality_of
 
@@ -21,7 +24,6 @@ from downsize.runtimes import open_artifact
 from downsize.task import Task
 from downsize.techniques.quantize import Quantize
 
-KEPT = Path(__file__).parent.parent / "runs" / "quantization"
 SAMPLES = 400  # of the calibration sentences or crops, for ranges of activations
 STEPS = 400  # of reconstruction, of each part
 
@@ -33,13 +35,15 @@ def task_of(subject: Subject) -> Task:
 
 
 def judge_of(task: Task, subject: Subject) -> Callable[[Any], Quality]:
-    """The subject's figures of a written file, or of a network that is written first, in ONNX Runtime; with its bytes."""
+    """The subject's figures of a written file, or of a network that is written first, in ONNX Runtime, or of a module in torch; with its bytes."""
 
     def judge(made: Any) -> Quality:
         if isinstance(made, Network):
             with tempfile.TemporaryDirectory() as folder:
                 write(made, Path(folder, "model.onnx"))
                 return judge(Path(folder, "model.onnx"))
+        if isinstance(made, nn.Module):
+            return {"MB": saved_bytes(made) / 1e6} | quality_of(answering(made), task, subject)
         return {"MB": made.stat().st_size / 1e6} | quality_of(open_artifact(made, "onnxruntime", 1), task, subject)
 
     return judge
@@ -64,7 +68,7 @@ def minilm(seed: int) -> Iterator[Row]:
     }.items():
         yield Row(name, lambda technique=technique: technique(original, task), judge)
         if name.endswith("to nearest"):
-            yield from peers(original, task, judge)
+            yield from quantization_peers.minilm(original, task, judge)
 
 
 def lite0(seed: int) -> Iterator[Row]:
@@ -85,61 +89,7 @@ def lite0(seed: int) -> Iterator[Row]:
         "mixed, at most 60 % of the 8-bit file": Quantize(widths=(2, 3, 4, 5, 6, 8), size="56%", samples=SAMPLES),
     }.items():
         yield Row(name, lambda technique=technique: technique(original, task), judge)
-
-
-def peers(original: Network, task: Task, judge: Callable[[Any], Quality]) -> Iterator[Row]:
-    """The tools that pack weights of ONNX files: onnxruntime.quantization (to nearest and HQQ) and nncf, on the float file of downsize."""
-    KEPT.mkdir(parents=True, exist_ok=True)
-    plain = KEPT / "minilm-float.onnx"
-    write(original, plain)
-    for name, make in {
-        "onnxruntime.quantization: 4 bits to nearest, 32": lambda file: onnxruntime_blocks(plain, file, "nearest", 32),
-        "onnxruntime.quantization: 4 bits HQQ, 32": lambda file: onnxruntime_blocks(plain, file, "hqq", 32),
-        "onnxruntime.quantization: 4 bits to nearest, 128": lambda file: onnxruntime_blocks(plain, file, "nearest", 128),
-        "nncf: 4 bits, scale estimation, 32": lambda file: nncf_compressed(plain, file, task, 32),
-    }.items():
-        file = KEPT / f"{name.replace(':', '').replace(',', '').replace(' ', '-')}.onnx"
-        yield Row(name, lambda make=make, file=file: make(file), judge)
-
-
-def onnxruntime_blocks(plain: Path, file: Path, method: str, group: int) -> Path:
-    """Products and tables in 4 bits by ``onnxruntime.quantization.matmul_nbits_quantizer``; what it has for tables is rounding to nearest."""
-    import onnx
-    from onnxruntime.quantization import matmul_nbits_quantizer as nbits
-
-    def quantized(model: Any, config: Any) -> Any:
-        made = nbits.MatMulNBitsQuantizer(model, algo_config=config)
-        made.process()
-        wrapped: Any = made.model
-        return wrapped.model
-
-    model = onnx.load(plain)
-    if method == "hqq":
-        model = quantized(model, nbits.HQQWeightOnlyQuantConfig(block_size=group, bits=4))
-    operators = ("Gather",) if method == "hqq" else ("MatMul", "Gather")
-    config = nbits.DefaultWeightOnlyQuantConfig(block_size=group, is_symmetric=False, accuracy_level=0, op_types_to_quantize=operators)
-    onnx.save(quantized(model, config), file)
-    return file
-
-
-def nncf_compressed(plain: Path, file: Path, task: Task, group: int) -> Path:
-    """Asymmetric 4 bits with scale estimation on 128 batches of the calibration data, all layers and tables."""
-    import itertools
-
-    import nncf  # pyright: ignore[reportMissingImports]  (a peer, not a dependency)
-    import onnx
-
-    samples = [{name: np.asarray(value) for name, value in inputs.items()} for inputs, _ in itertools.islice(task.batches("calibrate"), 128)]
-    made = nncf.compress_weights(
-        onnx.load(plain),
-        mode=nncf.CompressWeightsMode.INT4_ASYM,
-        group_size=group,
-        all_layers=True,
-        scale_estimation=True,
-        dataset=nncf.Dataset(samples),
-    )
-    onnx.save(made, file)
-    return file
+    yield from quantization_peers.lite0(original, task, judge)
 
 
 CASES = {"lite0": lite0, "minilm": minilm}
