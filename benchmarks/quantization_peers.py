@@ -276,7 +276,7 @@ def torchao_static(task: Task) -> nn.Module:
 
 
 def neural_static(task: Task) -> nn.Module:
-    """The same by neural-compressor's defaults, its weights folded into integers, so that they are saved as such."""
+    """The same by neural-compressor's defaults. It leaves weights float in front of their quantizers, and so they are saved."""
     from neural_compressor.torch.export import export
     from neural_compressor.torch.quantization import convert, get_default_static_config, prepare
 
