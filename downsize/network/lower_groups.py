@@ -29,6 +29,9 @@ KERNEL_GROUPS = (128, 64, 32, 16, 256)
 # took 1.3 to 3 times as long in weights that fit the processor's cache, 0.4 to 1 times for one row in larger ones; its kernels for 2 and 8
 # bits took up to 50 times as long. OpenVINO's took as long as for floats.
 KERNELS = {"onnxruntime": {4: 2**22}, "openvino": {2: 0, 4: 0, 8: 0}}
+# Groups in which a runtime's kernel also rounds its input to int8 and multiplies in integers, by the bits of the weight. ONNX Runtime takes
+# floats instead on a processor that its kernels do not know, which is no worse; for 2 bits it does so always outside of these groups.
+INTEGER_KERNELS = {"onnxruntime": {2: (32, 64, 128), 4: KERNEL_GROUPS, 8: KERNEL_GROUPS}}
 # Whose operator reads rows of a packed table: ONNX Runtime's took a sixth of the time of standard operators; OpenVINO's wants other scales.
 READERS = ("onnxruntime",)
 
@@ -103,10 +106,12 @@ class GroupedWeight:
         """Replace the fake quantizer, and say where the weight is decoded."""
         places: list[str] = []
         tables = [user for user in self.fake.users if user.target is aten.embedding.default and user.args[0] is self.fake]
-        block = self._kernel_block(runtime)
-        products = [user for user in self.fake.users if block and _is_plain_linear(user, self.fake)]
+        linear = [user for user in self.fake.users if _is_plain_linear(user, self.fake)]
+        of_floats, of_integers = self._kernel_block(runtime), [self._integer_block(user, runtime) for user in linear]
+        block = next(filter(None, of_integers), of_floats)
+        products = [user for user, own in zip(linear, of_integers, strict=True) if block and block in (own, of_floats)]
         for user in products:
-            self._lower_product(user, block)
+            self._lower_product(user, block, self._integer_block(user, runtime) == block)
             places.append(IN_KERNEL)
         if set(self.fake.users) - set(tables):
             values = self._values(by_rows=bool(tables))
@@ -193,17 +198,21 @@ class GroupedWeight:
         user.replace_all_uses_with(insert_call(self.network, user, ours.group_rows.default, args))
         self.network.graph.erase_node(user)
 
-    def _lower_product(self, user: fx.Node, block: int) -> None:
+    def _lower_product(self, user: fx.Node, block: int, integers: bool) -> None:
         zero = self._kernel_zeros()
         blocks, zeros = matmul_nbits(self.q.int() - self._base, torch.zeros(1, 1) if zero is None else zero, block, self.bits)
         parts = self.constant("blocks", blocks), self.constant("scale", stored_scale(self.scale))
-        args = user.args[0], *parts, None if zero is None else self.constant("offsets_of_blocks", zeros), self.bits, block
-        made = insert_call(self.network, user, ours.group_linear.default, args)
+        source = user.args[0].args[0] if integers else user.args[0]
+        args = source, *parts, None if zero is None else self.constant("offsets_of_blocks", zeros), self.bits, block
+        made = insert_call(self.network, user, ours.block_linear.default if integers else ours.group_linear.default, args)
         bias = argument(user, 2, "bias")
         if bias is not None:
             made = insert_call(self.network, user, aten.add.Tensor, (made, bias))
         user.replace_all_uses_with(made)
+        rounded = user.args[0]
         self.network.graph.erase_node(user)
+        if integers and not rounded.users:
+            self.network.graph.erase_node(rounded)
 
     @property
     def _base(self) -> int:
@@ -228,6 +237,18 @@ class GroupedWeight:
             return self.group if self.group in KERNEL_GROUPS else 0
         # Zero points would have to be repeated for every block.
         return min(KERNEL_GROUPS[:4], key=lambda block: group_count(columns, block) * block) if self._kernel_zeros() is None else 0
+
+    def _integer_block(self, user: fx.Node, runtime: str) -> int:
+        """How many columns share a scale in the kernel that rounds this layer's input as the graph does; 0 where neither does, or one alone."""
+        blocks = INTEGER_KERNELS.get(runtime, {}).get(self.bits, ())
+        if user.args[0].target is not ours.fake_quantize_blocks.default or not blocks or not self._is_unsigned():
+            return 0
+        columns, of_input, groups = self.q.shape[1], user.args[0].args[1], self.scale.shape[1]
+        # Where a row is one block, so it is in any larger one.
+        same = [block for block in blocks if block == of_input or min(block, of_input) >= columns]
+        # One scale is repeated for every block; zero points would have to be packed anew.
+        repeats = groups == 1 and self._kernel_zeros() is None
+        return min((block for block in same if repeats or block == self.group or (groups == 1 and block >= columns)), default=0)
 
     def _reader_block(self, runtime: str) -> int:
         """How many columns share a scale in the operator of ``runtime`` that reads rows; 0 where it has none for this table."""

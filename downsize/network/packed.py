@@ -2,7 +2,8 @@
 
 Vocabulary, beside that of ``lower.py``; each has its meaning here and its ONNX form in ``packed_onnx.py``: ``unpack`` (packed bits to codes),
 ``packed_rows`` (rows of a packed table), ``decode`` (codes to floats, one scale along an axis), ``decode_groups`` (the same in groups of
-columns), ``group_linear`` and ``group_rows`` (a product, and rows of a table, that a runtime's own operator computes from packed bits).
+columns), ``group_linear`` and ``group_rows`` (a product, and rows of a table, that a runtime's own operator computes from packed bits),
+``block_linear`` (such a product in integers, its input rounded in blocks).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import grids
-from ..numerics.groups import spread
+from ..numerics.groups import fake_quantize_blocks, spread
 from ..numerics.packing import byte_count, pack, unpack
 
 # What the operators that decode a weight take in a file, in bytes.
@@ -138,6 +139,17 @@ def group_linear(x: Tensor, bits: Tensor, scale: Tensor, zero_point: Tensor | No
 
 
 @group_linear.register_fake
+def _(x: Tensor, bits: Tensor, scale: Tensor, zero_point: Tensor | None, width: int, group: int) -> Tensor:
+    return x.new_empty([*x.shape[:-1], bits.shape[0]])
+
+
+@torch.library.custom_op("downsize::block_linear", mutates_args=())
+def block_linear(x: Tensor, bits: Tensor, scale: Tensor, zero_point: Tensor | None, width: int, group: int) -> Tensor:
+    """:func:`group_linear` of ``x`` rounded to int8 by the range of every ``group`` columns of a row."""
+    return group_linear(fake_quantize_blocks(x, group), bits, scale, zero_point, width, group)
+
+
+@block_linear.register_fake
 def _(x: Tensor, bits: Tensor, scale: Tensor, zero_point: Tensor | None, width: int, group: int) -> Tensor:
     return x.new_empty([*x.shape[:-1], bits.shape[0]])
 

@@ -20,6 +20,7 @@ from onnx import TensorProto
 from onnx.defs import OpSchema
 from onnxscript import ir, values
 
+from ..numerics.groups import LARGEST_CODE, SMALLEST_EXTREME, group_count
 from . import lower_halves as lower_halves
 from .packed import WHOLE
 
@@ -49,6 +50,8 @@ _PACKED_ROWS = _unknown_operator("PackedRows", 2, "rank", "index_rank")
 _DECODE = _unknown_operator("Decode", 3, "behind")
 _DECODE_GROUPS = _unknown_operator("DecodeGroups", 3, "group", "groups", "columns", "rank")
 _GROUP_LINEAR = _unknown_operator("GroupLinear", 4, "width", "group", "rows", "blocks", "columns")
+_BLOCK_LINEAR = _unknown_operator("BlockLinear", 4, "width", "group", "rows", "blocks", "columns")
+_ROUND_BLOCKS = _unknown_operator("RoundBlocks", 1, "group", "columns", "rank")
 _GROUP_ROWS = _unknown_operator("GroupRows", 4, "width", "group")
 _WIDEN = _unknown_operator("Widen", 1)
 
@@ -70,8 +73,19 @@ def _decode_groups(q, scale, zero_point, group):
 
 
 def _group_linear(x, bits, scale, zero_point, width, group):
-    sizes = {"rows": bits.shape[0], "blocks": bits.shape[1], "columns": x.shape[-1]}
-    return _GROUP_LINEAR(x, bits, scale, zero_point, width=width, group=group, **sizes)
+    return _GROUP_LINEAR(x, bits, scale, zero_point, **_sizes(x, bits, width, group))
+
+
+def _block_linear(x, bits, scale, zero_point, width, group):
+    return _BLOCK_LINEAR(x, bits, scale, zero_point, **_sizes(x, bits, width, group))
+
+
+def _sizes(x, bits, width, group):
+    return {"width": width, "group": group, "rows": bits.shape[0], "blocks": bits.shape[1], "columns": x.shape[-1]}
+
+
+def _round_blocks(x, group):
+    return _ROUND_BLOCKS(x, group=max(1, min(group, x.shape[-1])), columns=x.shape[-1], rank=len(x.shape))
 
 
 def _group_rows(bits, scale, zero_point, index, width, group):
@@ -89,6 +103,8 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     ours.decode.default: _decode,
     ours.decode_groups.default: _decode_groups,
     ours.group_linear.default: _group_linear,
+    ours.block_linear.default: _block_linear,
+    ours.fake_quantize_blocks.default: _round_blocks,
     ours.group_rows.default: _group_rows,
 }
 
@@ -118,6 +134,7 @@ class _Writer:
         self.metadata: dict[str, str] = {}
         self.constants: dict[tuple[Any, ...], ir.Value] = {}
         self.tables: dict[tuple[Any, ...], ir.Value] = {}
+        self.spoiled: dict[ir.Value, ir.Value] = {}
 
     def __call__(self, operator: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         node = ir.node(operator, inputs, attributes, domain=domain, metadata_props=dict(self.metadata))
@@ -212,24 +229,40 @@ def _spell_decode_groups(
     return write.reshape(_scaled(write, write.reshape(q, [*leading, groups, group]), part(scale), part(zero_point)), [*leading, columns])
 
 
-def _spell_group_linear(
-    write: _Writer,
-    x: ir.Value,
-    bits: ir.Value,
-    scale: ir.Value,
-    zero_point: ir.Value | None = None,
-    *,
-    width: int,
-    group: int,
-    rows: int,
-    blocks: int,
-    columns: int,
+def _spell_group_linear(write: _Writer, x: ir.Value, bits: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, **sizes: int) -> ir.Value:
+    # Level 1 computes in float32.
+    return _matmul_nbits(write, x, bits, scale, zero_point, level=1, **sizes)
+
+
+def _spell_block_linear(write: _Writer, x: ir.Value, bits: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, **sizes: int) -> ir.Value:
+    # Level 4 rounds x to int8 in blocks, where NaN becomes a number: a product with zeros brings it back.
+    product = _matmul_nbits(write, x, bits, scale, zero_point, level=4, **sizes)
+    if x not in write.spoiled:
+        write.spoiled[x] = write("MatMul", x, write.constant(np.zeros((sizes["columns"], 1), np.float32)))
+    return write("Add", product, write.spoiled[x])
+
+
+def _matmul_nbits(
+    write: _Writer, x: ir.Value, bits: ir.Value, scale: ir.Value, zero_point: ir.Value | None, *, level: int, width: int, group: int, **sizes: int
 ) -> ir.Value:
-    full = write("Expand", write.floats(scale), write.constant(np.array([rows, blocks])))
+    full = write("Expand", write.floats(scale), write.constant(np.array([sizes["rows"], sizes["blocks"]])))
     inputs = [x, bits, full] + ([] if zero_point is None else [zero_point])
-    # Level 1 computes in float32; others round x.
-    sizes = {"K": columns, "N": rows, "bits": width, "block_size": group, "accuracy_level": 1}
-    return write("MatMulNBits", *inputs, domain=MICROSOFT, **sizes)
+    attributes = {"K": sizes["columns"], "N": sizes["rows"], "bits": width, "block_size": group, "accuracy_level": level}
+    return write("MatMulNBits", *inputs, domain=MICROSOFT, **attributes)
+
+
+def _spell_round_blocks(write: _Writer, x: ir.Value, *, group: int, columns: int, rank: int) -> ir.Value:
+    """See :func:`~downsize.numerics.groups.fake_quantize_blocks`; a runtime may take NaN for no largest value, and it stays where it is."""
+    leading, count = [0] * (rank - 1), group_count(columns, group)
+    ends = np.array([0] * (2 * rank - 1) + [count * group - columns], np.int64)
+    filled = write("Pad", x, write.constant(ends)) if ends.any() else x
+    blocks = write.reshape(filled, [*leading, count, group])
+    extreme = write("ReduceMax", write("Abs", blocks), write.constant(np.array([-1])), keepdims=1)
+    extreme = write("Max", extreme, write.constant(np.float32(SMALLEST_EXTREME)))
+    most = write.constant(np.float32(LARGEST_CODE))
+    codes = write("Round", write("Mul", blocks, write("Div", most, extreme)))
+    flat = write.reshape(write("Mul", codes, write("Div", extreme, most)), [*leading, count * group])
+    return write.first(flat, columns) if ends.any() else flat
 
 
 def _spell_group_rows(
@@ -251,5 +284,7 @@ SPELLINGS: dict[str, Callable[..., ir.Value]] = {
     "Decode": _spell_decode,
     "DecodeGroups": _spell_decode_groups,
     "GroupLinear": _spell_group_linear,
+    "BlockLinear": _spell_block_linear,
+    "RoundBlocks": _spell_round_blocks,
     "GroupRows": _spell_group_rows,
 }

@@ -23,14 +23,22 @@ def compute_dynamically(network: Network, placement: Placement) -> None:
 
     What is left, GRU and plain recurrent layers too, has quantized weights alone; ``origin["weights_alone"]`` names these layers.
     """
-    quantized = {point.node for point in placement.weights}
-    alone = []
-    for node in placement.recurrent:
-        if _is_plain_lstm(network, node) and {one for one in node.args[2] if constant(network, one).dim() == 2} <= quantized:
-            node.target = DYNAMIC
-        else:
-            alone.append(str(node.meta.get("module") or node.name))
+    found = dynamic_layers(network, placement)
+    for node in found:
+        node.target = DYNAMIC
+    alone = [str(node.meta.get("module") or node.name) for node in placement.recurrent if node not in found]
     network.origin |= {"weights_alone": alone} if alone else {}
+
+
+def dynamic_layers(network: Network, placement: Placement) -> list[fx.Node]:
+    """The LSTM layers in evaluation whose matrices are all to be quantized, but are not yet."""
+    quantized = {point.node for point in placement.weights}
+    return [node for node in placement.recurrent if _is_plain_lstm(network, node) and set(matrices(network, node)) <= quantized]
+
+
+def matrices(network: Network, node: fx.Node) -> list[fx.Node]:
+    """The weights of a recurrent layer for its input and its state, of every layer and direction."""
+    return [one for one in node.args[2] if constant(network, one).dim() == 2]
 
 
 def _is_plain_lstm(network: Network, node: fx.Node) -> bool:
