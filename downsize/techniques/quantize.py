@@ -7,6 +7,7 @@ from dataclasses import field, replace
 from typing import Literal, cast
 
 from pydantic import Field
+from torch import fx
 
 from ..errors import SpecError, TaskError
 from ..network.judge import Judge
@@ -16,6 +17,7 @@ from ..network.statistics import Pieces
 from ..numerics.lowbit import Levels
 from ..pruning.latency_limit import need_clock
 from ..quantization.bits import FLOAT, Bits
+from ..quantization.blocks import compute_in_blocks, has_kernel
 from ..quantization.building import Build
 from ..quantization.choosing import TRIAL_PIECES, plain_ranges, ranges_to_try, spread
 from ..quantization.correction import correct_biases, round_biases
@@ -31,7 +33,7 @@ from ..quantization.norms import fold, unfold
 from ..quantization.placement import RECURRENT, Placement, place
 from ..quantization.ranges import ESTIMATORS
 from ..quantization.reconstruction import Reconstruction, reconstruct
-from ..quantization.recurrent import compute_dynamically
+from ..quantization.recurrent import compute_dynamically, dynamic_layers, matrices
 from ..quantization.rounding import round_weights
 from ..quantization.smoothing import smooth
 from ..quantization.timing import file_clock
@@ -61,11 +63,13 @@ class Quantize:
         bits: of weights, 2 to 8; 32: all stay as they are, and with them the network. ``activation_bits``: of what layers read; not given:
             8, or 32 with other ``levels`` than uniform. ``ends``: of weights and inputs of the first and the last layer, and of tables.
             ``tables``: of embedding tables; not given: as the ends.
-        group: columns of a row that share a scale, instead of the whole row; ``symmetric``: without zero points. Both for weights alone.
+        group: columns of a row that share a scale, instead of the whole row; ``symmetric``: without zero points. Both for weights alone, or
+            with dynamic activations, which then have a scale for each row (token) and as many columns.
         levels: the values of weights: ``uniform`` (a grid of ``bits``), ``nf4`` (16, denser around zero; weights alone), ``twn`` and ``ttq``
             (three a row, evenly spaced or not), ``xnor`` and ``binary_connect`` (two a row; see ``numerics/lowbit.py``). The ends stay uniform.
         activations: ``static`` (ranges measured now: CNNs, and transformers that must be fast everywhere), ``dynamic`` (ranges measured
-            at every run, linear layers only: fast in ONNX Runtime alone), ``none`` (only weights: a quarter of the bytes, no faster).
+            at every run, linear layers only: fast in ONNX Runtime alone; of the whole tensor, or, with a ``group``, of each row and block of
+            columns, in weights of 2^16 elements and more), ``none`` (only weights: a quarter of the bytes, no faster).
         train: train the rounded network. True: to imitate the original model, else as the plan says, e.g. ``finetune(epochs=3)``.
         warmup_share: the part of the training in which batch norms are still there, with moving statistics; then they are folded.
         ranges: which range estimators compete: minmax, percentile, mse, entropy.
@@ -87,6 +91,7 @@ class Quantize:
         keep: weights, or modules, that stay in float with the inputs of their layers, by name, ``*`` standing for anything.
 
     Examples: ``quantize(bits=4, activation_bits=4, train=True)``; ``quantize(bits=4, group=32, tables=5, activations='none')``;
+    ``quantize(group=128, activations='dynamic')``;
     ``quantize(widths=[4, 5, 6, 8], size=60%, keep=['classifier'])``.
     """
 
@@ -131,10 +136,17 @@ class Quantize:
             raise SpecError("quantize: dynamic ranges are not trained; use activations='static' or 'none'.")
         given = {"levels": "nf4", "rounding": "awq", "symmetric": False}
         alone = [f"{name}={value!r}" for name, value in given.items() if getattr(self, name) == value] + ["group"] * bool(self.group)
-        if alone and (self.kind != "none" or self.plan is not None):
-            raise SpecError(f"quantize: {alone[0]} is for weights alone, after training: use activations='none', and no train.")
-        if self.rounding == "hqq" and (self.symmetric or self.kind != "none"):
-            raise SpecError("quantize: rounding='hqq' places zero points; use symmetric=False with activations='none'.")
+        if alone and not self.in_blocks and (self.kind != "none" or self.plan is not None):
+            raise SpecError(
+                f"quantize: {alone[0]} is for weights alone, or a group with 'dynamic', after training: use activations='none', and no train."
+            )
+        if self.rounding == "hqq" and (self.symmetric or not (self.kind == "none" or self.in_blocks)):
+            raise SpecError("quantize: rounding='hqq' places zero points; use symmetric=False with activations='none', or 'dynamic' with a group.")
+        if self.in_blocks and (self.levels != "uniform" or self.profile != "x86" or not has_kernel(self.bits, self.group or 0)):
+            came = next(f"{name}={getattr(self, name)!r}" for name in ("levels", "profile", "bits") if getattr(self, name) not in ("uniform", "x86"))
+            raise SpecError(
+                f"quantize: {came} came with a group and dynamic activations, whose kernels take 4 or 8 bits, or 2 in groups of 32 to 128."
+            )
         if self.profile != "x86" and self.kind == "none":
             raise SpecError(f"quantize: profile={self.profile!r} came, and weights alone, which no integer kernel multiplies; leave one out.")
         if self.profile == "tensorrt" and (self.kind != "static" or self.plan is not None or self.activation_bits not in (None, 8)):
@@ -157,7 +169,10 @@ class Quantize:
         fold_padding(original)
         plain = original.fork()
         fold_batch_norm(plain)
-        if self.kind == "dynamic" or (self.kind == "none" and self.is_plain):
+        if self.in_blocks:
+            made = self._weights_alone(plain, task)
+            compute_in_blocks(made, self.group or 0, [node.name for node in dynamic_layers(plain, self._place(plain))])
+        elif self.kind == "dynamic" or (self.kind == "none" and self.is_plain):
             made = self._without_data(plain.fork())
         elif self.kind == "none" and self.levels in ("uniform", "nf4") and self.plan is None:
             made = self._weights_alone(plain, task)
@@ -167,7 +182,7 @@ class Quantize:
             # Batch norms that training brings back know the channels as they were.
             keeps = self.plan is not None and self.warmup_share > 0 and _norms(original) > _norms(plain)
             plain = self._balanced(plain, pieces, judge, self.equalize and not keeps)
-            bits = self._mixed(plain, pieces, task)
+            bits = self._mixed(network, plain, pieces, task)
             if bits and set(bits.values()) == {FLOAT}:
                 return network.fork()
             made = replace(self, keep=(*self.keep, *in_float(bits)))._fitted(plain, pieces, judge, bits)
@@ -186,6 +201,11 @@ class Quantize:
         uniform = self.levels == "uniform"
         width = (8 if uniform else FLOAT) if self.activation_bits is None else self.activation_bits
         return "none" if width == FLOAT and self.activations == "static" else self.activations
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether inputs are rounded at run time in the blocks that weights have scales for."""
+        return self.kind == "dynamic" and self.group is not None
 
     @property
     def is_plain(self) -> bool:
@@ -288,12 +308,12 @@ class Quantize:
     def _inner_format(self) -> Format:
         return Format(4 if self.levels == "nf4" else self.bits, self.group, self.symmetric, "nf4" if self.levels == "nf4" else "uniform")
 
-    def _mixed(self, plain: Network, pieces: tuple[Pieces, Pieces], task: Task) -> dict[str, int]:
+    def _mixed(self, original: Network, plain: Network, pieces: tuple[Pieces, Pieces], task: Task) -> dict[str, int]:
         """The bits of each weight, where ``widths`` leaves a choice."""
         if not self.widths:
             return {}
         widths = {self._within(bits) for bits in self.widths}
-        return bits_within(plain, self._place(plain), self.build, self._inner_format, widths, self.limits, pieces, task)
+        return bits_within(original, plain, self._place(plain), self.build, self._inner_format, widths, self.limits, pieces, task)
 
     def _formats(self, network: Network, placement: Placement, bits: Mapping[str, int]) -> dict[str, Format]:
         """The format of each weight; of ends and tables with 8 bits one scale a row."""
@@ -306,12 +326,16 @@ class Quantize:
             count = self.tables if self.tables is not None and point.node in tables else self.ends
             if count != FLOAT:
                 formats[str(point.node.target)] = Format(8) if count == 8 else Format(count, self.group, self.symmetric)
-        return formats
+        # The integer operator for an LSTM takes one scale a row.
+        states = dynamic_layers(network, placement) if self.in_blocks else []
+        return formats | {str(one.target): Format(self.bits) for node in states for one in matrices(network, node)}
 
     def _weights_alone(self, plain: Network, task: Task) -> Network:
         placement = self._place(plain)
+        if self.in_blocks:
+            _linear(placement)
         pieces = self._split(plain, task) if self.rounding in ("awq", "gptq") or self.widths or self.reconstruct else None
-        bits = self._mixed(plain, pieces, task) if pieces else {}
+        bits = self._mixed(plain, plain, pieces, task) if pieces else {}
         formats = self._formats(plain, placement, bits)
         if bits and not formats:
             return plain
@@ -336,10 +360,7 @@ class Quantize:
     def _without_data(self, plain: Network) -> Network:
         placement = self._place(plain)
         if self.kind == "dynamic":
-            linear = [layer for layer in placement.layers if layer.target is aten.linear.default]
-            if not linear and not placement.recurrent:
-                raise TaskError("The network has no linear layer or LSTM; dynamic quantization is for those: use quantize(activations='static').")
-            quantize_dynamically(plain, placement, linear)
+            quantize_dynamically(plain, placement, _linear(placement))
             compute_dynamically(plain, placement)
         self.build.weights(plain, placement, {})
         plain.recompile()
@@ -360,6 +381,14 @@ class Quantize:
         student = plan.train(student, task, hooks=[Quantizing(plan.optimizer)], share=(self.warmup_share if norms else 0.0, 1.0))
         settle_learned(student)
         return student
+
+
+def _linear(placement: Placement) -> list[fx.Node]:
+    """The layers for dynamic activations beside recurrent ones, which are there without them."""
+    linear = [layer for layer in placement.layers if layer.target is aten.linear.default]
+    if not linear and not placement.recurrent:
+        raise TaskError("The network has no linear layer or LSTM; dynamic quantization is for those: use quantize(activations='static').")
+    return linear
 
 
 def _smoothed(network: Network, pieces: tuple[Pieces, Pieces]) -> int:
