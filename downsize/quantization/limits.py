@@ -67,12 +67,21 @@ class Limits:
 
 
 def bits_within(
-    network: Network, placement: Placement, build: Build, wanted: Format, widths: set[int], limits: Limits, pieces: tuple[Pieces, Pieces], task: Task
+    original: Network,
+    network: Network,
+    placement: Placement,
+    build: Build,
+    wanted: Format,
+    widths: set[int],
+    limits: Limits,
+    pieces: tuple[Pieces, Pieces],
+    task: Task,
 ) -> dict[str, int]:
     """The bits of each weight, of ``widths``, with the least loss of the held-back outputs.
 
     Args:
-        network: the float network, batch norms folded. placement: what may be quantized in it. build: how.
+        original: the float network whose file's time is the measure.
+        network: the same, batch norms folded and scales moved between layers. placement: what may be quantized in it. build: how.
         wanted: the format of weights, but for the bits.
 
     Raises:
@@ -91,7 +100,7 @@ def bits_within(
         layers = build.counts.of_inputs(network, placement) if limits.bops is not None else {}
         return choose_bits(network, points, ways, amount_of(network, points, limits.size, limits.bops, layers), losses, task.progress)
     with tempfile.TemporaryDirectory(prefix="downsize-") as folder:
-        files = Files(file_clock(task.clock), network, batch_of(task.example, [0]), _modules(points), Path(folder))
+        files = Files(file_clock(task.clock), original, batch_of(task.example, [0]), _modules(points), Path(folder))
         layers = Layers(names, _parents(network, placement, points), [shells.may_stay(name) for name in names])
         choice = losses if FLOAT in ways else None
         levels = choose_types(layers, TimeLimit.of(limits.latency), Written(files, shells, names), choice, task.progress)
@@ -102,8 +111,8 @@ class Written:
     """A :class:`~downsize.quantization.latency.Stopwatch` of real files, each written once."""
 
     def __init__(self, files: Files, shells: Shells, names: Sequence[str]) -> None:
-        self.files, self.shells = files, shells
-        self.paths = {frozenset(names): files.baseline}
+        self.files, self.shells, self.whole = files, shells, frozenset(names)
+        self.paths: dict[frozenset[str], Path] = {}
 
     def spent(self, kept: Collection[str]) -> dict[str, Spent]:
         """By weight; under "" what belongs to none."""
@@ -111,14 +120,14 @@ class Written:
 
     def timed(self, kept: Collection[str]) -> Timed:
         """Beside the float file, which is as fast as itself."""
-        path = self._path(kept)
-        timed = self.files.timed(path)
-        return Timed(timed.seconds, 1.0) if path == self.files.baseline else timed
+        if frozenset(kept) == self.whole:
+            return Timed(self.files.timed(self.files.baseline).seconds, 1.0)
+        return self.files.timed(self._path(kept))
 
     def _path(self, kept: Collection[str]) -> Path:
         key = frozenset(kept)
         if key not in self.paths:
-            self.paths[key] = self.files.write(self.shells.rounded(kept))
+            self.paths[key] = self.files.write(self.shells.network if key == self.whole else self.shells.rounded(kept))
         return self.paths[key]
 
 

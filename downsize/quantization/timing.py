@@ -12,7 +12,7 @@ from ..errors import TaskError
 from ..network.network import Network
 
 PROFILES, RUNS = 3, 10  # how often a file is opened and profiled, of which the least time counts, and the calls in each
-BLOCKS, SECONDS = 30, 0.02  # how often two files take turns, and how long each time
+BLOCKS, SECONDS = 60, 0.02  # how often two files take turns, and how long each time
 # What multiplies with a weight or reads rows of one, in the names that runtimes and ONNX give it.
 PRODUCTS = ("conv", "gemm", "matmul", "fullyconnected", "lstm", "gru", "rnn", "gather")
 NO_PRODUCT = ("convert",)
