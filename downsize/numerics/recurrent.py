@@ -1,8 +1,10 @@
-"""An LSTM whose inputs and states are quantized by their own ranges at every product, as ONNX Runtime's DynamicQuantizeLSTM computes it."""
+"""Recurrent layers: an LSTM whose inputs and states are quantized by their own ranges at every product, as ONNX Runtime's DynamicQuantizeLSTM
+computes it; and what the matrices of any recurrent layer meet."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,3 +59,26 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = hidden[0].shape[-1] * (2 if both else 1)
     return x.new_empty([*x.shape[:-1], width]), torch.empty_like(hidden[0]), torch.empty_like(hidden[1])
+
+
+def what_matrices_meet(
+    cell: Callable[..., Any], x: Tensor, hidden: Tensor | Sequence[Tensor], parameters: Sequence[Tensor], biased: bool, layers: int, both: bool
+) -> list[Tensor]:
+    """What the matrices of a recurrent layer multiply, [time * batch, columns]: for input and state, of every layer and direction in turn.
+
+    Args: ``cell``: the operator, such as ``aten.gru.input``; the others: its arguments, ``x`` [time, batch, features]. The state that a step
+    multiplies is the output of the step before, or the initial one.
+    """
+    directions, met = 2 if both else 1, []
+    count = (4 if biased else 2) * directions
+    for layer in range(layers):
+        own = slice(layer * directions, (layer + 1) * directions)
+        start = hidden[own] if isinstance(hidden, Tensor) else [each[own] for each in hidden]
+        output = cell(x, start, parameters[layer * count : (layer + 1) * count], biased, 1, 0.0, False, both, False)[0]
+        initial = start if isinstance(start, Tensor) else start[0]
+        for direction, states in enumerate(output.chunk(directions, -1)):
+            ends = initial[direction][None]
+            before = torch.cat([states[1:], ends]) if direction else torch.cat([ends, states[:-1]])
+            met += [x.flatten(0, 1), before.flatten(0, 1)]
+        x = output
+    return met

@@ -21,6 +21,7 @@ from .insertion import quantize_weights
 from .placement import Placement, WeightPoint
 from .protecting import protect
 from .sensitivity import output_grams
+from .states import round_recurrent
 
 Rounding = Literal["nearest", "hqq", "awq", "gptq"]
 # Pieces on which derivatives of the outputs are taken.
@@ -50,7 +51,8 @@ def quantize_weight_only(
         reference: the float network, batch norms folded.
         placement: of its weights. One whose outputs do not lie along its first dimension gets one scale an output, on a symmetric grid.
         rounding: ``nearest`` and ``hqq`` (Badri and Shaji 2023) need no data. ``awq``: see :func:`.protecting.protect`, then to nearest.
-            ``gptq``: see :mod:`.in_order`; tables by the derivatives of the outputs, see :func:`.sensitivity.output_grams`.
+            ``gptq``: see :mod:`.in_order`; tables by the derivatives of the outputs, see :func:`.sensitivity.output_grams`; recurrent layers before
+            all others, see :func:`.states.round_recurrent`.
         refit: with ``gptq``, fit weights to the original's outputs before they are rounded.
     """
     made = reference.fork()
@@ -61,6 +63,7 @@ def quantize_weight_only(
     steps: dict[str, Steps] = {}
     if rounding == "gptq" and data is not None:
         steps |= _tables(reference, made, rowwise, formats, data)
+        steps |= round_recurrent(made, {name: formats[name] for name in rowwise}, data.fit, data.held)
         layers = {name: formats[name] for name in rowwise if name not in steps}
         steps |= {name: found.steps for name, found in round_in_order(reference, made, layers, data.fit, data.held, refit, progress).items()}
     for name, point in points.items():
