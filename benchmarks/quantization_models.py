@@ -56,12 +56,15 @@ def minilm(seed: int) -> Iterator[Row]:
     judge, original = judge_of(task, subject), capture(task.model, task.example, more=task.variations())
     yield Row("float", lambda: original, judge)
     alone: dict[str, Any] = {"activations": "none", "symmetric": False}
+    in_blocks = alone | {"activations": "dynamic"}
     for name, technique in {
         "4 bits, a scale for 128 columns": Quantize(bits=4, tables=4, group=128, **alone, samples=subject.samples),
         "4 bits, tables in 3, a scale for 64 columns": Quantize(bits=4, tables=3, group=64, **alone, samples=subject.samples),
         "4 bits, a scale for 32 columns": Quantize(bits=4, tables=4, group=32, **alone, samples=subject.samples),
         "4 bits, a scale for 32 columns, to nearest": Quantize(bits=4, tables=4, group=32, **alone, rounding="nearest"),
         "4 bits, a scale for 32 columns, AWQ": Quantize(bits=4, tables=4, group=32, **alone, rounding="awq", samples=SAMPLES),
+        "4 bits, a scale for 32 columns, dynamic": Quantize(bits=4, tables=4, group=32, **in_blocks, samples=subject.samples),
+        "8 bits, a scale for 128 columns, dynamic": Quantize(group=128, activations="dynamic", samples=subject.samples),
         "8 bits, weights alone": Quantize(activations="none"),
         "8 bits, static": Quantize(samples=SAMPLES),
         "3 bits, a scale for 32 columns": Quantize(bits=3, tables=3, group=32, **alone, samples=subject.samples),

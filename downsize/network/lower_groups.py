@@ -30,7 +30,7 @@ KERNEL_GROUPS = (128, 64, 32, 16, 256)
 # bits took up to 50 times as long. OpenVINO's took as long as for floats.
 KERNELS = {"onnxruntime": {4: 2**22}, "openvino": {2: 0, 4: 0, 8: 0}}
 # Groups in which a runtime's kernel also rounds its input to int8 and multiplies in integers, by the bits of the weight. ONNX Runtime takes
-# floats instead on a processor that its kernels do not know, which is no worse; for 2 bits it does so always outside of these groups.
+# floats instead on a processor that its kernels do not know, and for 2 bits outside of these groups.
 INTEGER_KERNELS = {"onnxruntime": {2: (32, 64, 128), 4: KERNEL_GROUPS, 8: KERNEL_GROUPS}}
 # Whose operator reads rows of a packed table: ONNX Runtime's took a sixth of the time of standard operators; OpenVINO's wants other scales.
 READERS = ("onnxruntime",)
