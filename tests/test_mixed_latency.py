@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from small_nets import Net, conv, plain, task_of
@@ -16,9 +17,13 @@ import downsize as ds
 from downsize.errors import AllocationError, SpecError, TargetError, TaskError
 from downsize.measure import latency
 from downsize.measure.shapes import LatencyTable
+from downsize.network.statistics import Pieces
 from downsize.quantization import limits as limits_module
+from downsize.quantization.bits import Bits
+from downsize.quantization.building import Build
+from downsize.quantization.floating import Shells
 from downsize.quantization.latency import Layers, TimeLimit, choose_types, costs_of, fastest
-from downsize.quantization.limits import _in_order, _modules, _parents
+from downsize.quantization.limits import Written, _in_order, _modules, _parents
 from downsize.quantization.mixed import Losses
 from downsize.quantization.placement import place
 from downsize.quantization.timing import Files, Owners, Spent, Timed, file_clock, in_turn, spent
@@ -244,6 +249,22 @@ def test_every_weight_of_a_real_profile_has_its_product(runtime: str, tmp_path: 
     assert timed.seconds > 0 and 0.2 < timed.ratio < 5
 
 
+def test_files_are_written_once_with_the_layers_that_stay_float(tmp_path: Path) -> None:
+    # Oracle: the types of the weights in the files.
+    network, names = plain(small(), IMAGE), [f"{name}.weight" for name in ("stem", "one", "two", "end")]
+    placement = place(network)
+    files = Files(file_clock(LatencyTable(folder=tmp_path)), network, IMAGE, _modules(placement.weights), tmp_path)
+    pieces = Pieces.of(network, task_of(small(), IMAGE, 2).batches("calibrate"))
+    watch = Written(files, Shells(network, placement, Build(Bits(8, 8, 8), "uniform", True), pieces), names)
+    assert watch.timed(names).ratio == 1.0 and watch.timed({"end.weight"}).ratio > 0
+    assert watch.spent({"end.weight"}).keys() == {"", *names}
+    written = sorted(tmp_path.glob("*.onnx"))
+    assert len(written) == 2  # the float file and one other
+    kinds = {item.name: item.data_type for item in onnx.load(str(written[1])).graph.initializer}
+    assert kinds["end.weight"] == onnx.TensorProto.FLOAT
+    assert all(kinds[f"{name}_codes"] == onnx.TensorProto.INT8 for name in names[:3])
+
+
 def test_two_calls_take_turns() -> None:
     # Oracle: one call does twice the other's work.
     square = torch.randn(160, 160)
@@ -291,6 +312,6 @@ def test_a_file_meets_the_limit_in_its_runtime(tmp_path: Path, monkeypatch: pyte
         assert f"latency of at most {share}" in str(error)
         return
     baseline = tmp_path / "run" / "baseline.onnx"
-    assert latency(result.artifact.path, image, baseline=baseline)["latency_ratio"].value <= share * 1.1
+    assert latency(result.artifact.path, image, baseline=baseline)["latency_ratio"].low <= share * 1.1  # type: ignore[operator]
     with pytest.raises(AllocationError, match=r"latency of at most 0\.001 of the float file's time cannot be reached"):
         ds.run(task, "quantize(widths=[8, 32], latency=0.001, samples=24)", ds.Target(), into=tmp_path / "other")
