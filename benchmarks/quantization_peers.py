@@ -109,7 +109,7 @@ def lite0(original: Network, task: Task, judge: Judge) -> Iterator[Row]:
         makes["nncf: 8 bits, static"] = lambda file: nncf_static(float_file(original, "lite0"), file, task, transformer=False)
     if installed("torchao"):
         makes["torchao: 8 bits, static (in torch)"] = lambda _: torchao_static(task)
-        makes["torchao: 4 bits, weights alone, to nearest (in torch)"] = lambda _: torchao_few(task.model, 4, (nn.Conv2d, nn.Linear))
+        makes["torchao: 4 bits, depthwise weights float, to nearest (in torch)"] = lambda _: torchao_few(task.model, 4)
     if installed("neural_compressor"):
         makes["neural-compressor: 8 bits, static (in torch)"] = lambda _: neural_static(task)
     yield from rows_of(makes, judge)
@@ -131,7 +131,7 @@ def lenet(model: nn.Module, judge: Judge) -> Iterator[Row]:
     for bits in (3, 2):
         makes: dict[str, Callable[[Path], Any]] = {}
         if installed("torchao"):
-            makes[f"torchao: {bits} bits, to nearest (in torch)"] = lambda _, bits=bits: torchao_few(model, bits, (nn.Linear,))
+            makes[f"torchao: {bits} bits, to nearest (in torch)"] = lambda _, bits=bits: torchao_few(model, bits)
         if installed("neural_compressor"):
             makes[f"neural-compressor: {bits} bits, to nearest, clipped (in torch)"] = lambda _, bits=bits: neural_clipped(model, bits)
             makes[f"neural-compressor: {bits} bits HQQ, a scale for 40 columns (in torch)"] = lambda _, bits=bits: neural_hqq(model, bits, 40)
@@ -253,13 +253,16 @@ def torchao_eight(task: Task, config: str) -> nn.Module:
     return tables_in_eight(module)
 
 
-def torchao_few(model: Any, bits: int, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
-    """Weights to nearest, asymmetric, a scale a row (of a convolution: for each output and place of the kernel); saved in bytes."""
+def torchao_few(model: Any, bits: int) -> nn.Module:
+    """Weights to nearest, asymmetric, a scale a row (of a convolution: for each output and place of the kernel); saved in bytes.
+
+    Grouped convolutions, which the tool fails on, stay float.
+    """
     from torchao.quantization import IntxWeightOnlyConfig, MappingType, quantize_
 
     module = copied(model)
     config = IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), mapping_type=MappingType.ASYMMETRIC)
-    quantize_(module, config, lambda layer, _: isinstance(layer, kinds))
+    quantize_(module, config, lambda layer, _: isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1))
     return module
 
 
@@ -272,9 +275,26 @@ def torchao_static(task: Task) -> nn.Module:
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     inputs, shapes = example_of(task)
-    graph: Any = torch.export.export(copied(task.model), inputs, dynamic_shapes=shapes).module()
+    graph: Any = torch.export.export(plain_convolutions(copied(task.model)), inputs, dynamic_shapes=shapes, strict=True).module()
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    return convert_pt2e(calibrated(prepare_pt2e(graph, quantizer), task, STATISTICS))
+    made: Any = convert_pt2e(calibrated(prepare_pt2e(graph, quantizer), task, STATISTICS))
+    read = {node.target for node in made.graph.nodes if node.op == "get_attr"}
+    for name in set(made.state_dict()) - read:  # the float weights, which the integers have replaced
+        owner, _, tensor = name.rpartition(".")
+        delattr(made.get_submodule(owner), tensor)
+    return made
+
+
+def plain_convolutions(module: nn.Module) -> nn.Module:
+    """Convolutions of classes of their own that pad before they convolve, as a padding and an ``nn.Conv2d``, the only class the quantizer knows."""
+    for parent in list(module.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Conv2d) and type(layer) is not nn.Conv2d and hasattr(layer, "static_padding"):
+                sizes: Any = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+                plain = nn.Conv2d(layer.in_channels, layer.out_channels, *sizes, groups=layer.groups, bias=layer.bias is not None)
+                plain.load_state_dict(layer.state_dict())
+                setattr(parent, name, nn.Sequential(layer.static_padding, plain))
+    return module.eval()
 
 
 def neural_static(task: Task) -> nn.Module:
@@ -283,7 +303,7 @@ def neural_static(task: Task) -> nn.Module:
     from neural_compressor.torch.quantization import convert, get_default_static_config, prepare
 
     inputs, shapes = example_of(task)
-    graph: Any = export(copied(task.model), inputs, dynamic_shapes=shapes)
+    graph: Any = export(plain_convolutions(copied(task.model)), inputs, dynamic_shapes=shapes)
     return convert(calibrated(prepare(graph, get_default_static_config()), task, STATISTICS))
 
 
