@@ -18,6 +18,7 @@ RESOURCES = ("size", "latency", "latency_ratio", "memory")
 SHARES = (0.7, 0.5, 0.35, 0.25)
 # Bytes and milliseconds may fall faster than multiply-accumulates, by this factor at best.
 FASTER = 1.25
+SPARE = 0.97  # of a limit of time is asked for, where two measurements of it must agree
 DROP_WITHOUT_LIMIT = 0.01  # with no limit at all the smallest and fastest file is wanted, but not one that has lost its skill
 # Elements of a weight from which on ONNX Runtime's integer kernel for weights in blocks of 128 columns took at most 0.8 times as long as floats.
 LARGE_LAYER = 2**17
@@ -45,6 +46,19 @@ def recipes_for(runtime: str, network: Network, features: Collection[str] = ()) 
 def halves_for(precisions: Collection[str]) -> list[str]:
     """The recipes of 16 bits that are worth a trial where the runtime computes in these ``precisions`` beside float32."""
     return ["halve()", *(["halve(dtype='bfloat16', compute=True)"] if "bf16" in precisions else [])]
+
+
+def floats_for(attempt: Attempt, target: Target) -> list[str]:
+    """For an int8 file that meets the limits of time and loses score: as many of the layers in float as the time allows."""
+    times = [one for one in (attempt.verdict.outcomes if attempt.verdict else ()) if one.limit.name in ("latency", "latency_ratio")]
+    static = attempt.recipe.startswith("quantize(") and "activations" not in attempt.recipe
+    if not (static and times and all(one.met for one in times)) or loss_of(attempt)[0] == 0:
+        return []
+    # The recipe's clock takes one sample, and measures apart from the verdict.
+    limits = [f"{SPARE * target.latency * 1e3:.4g} ms"] if target.latency and target.batch == 1 else []
+    limits += [f"{SPARE * target.latency_ratio:.3g}"] if target.latency_ratio and target.latency_ratio < 1 else []
+    profile = ["profile='avx2'"] if "profile='avx2'" in attempt.recipe else []
+    return [f"quantize({', '.join(['widths=[8, 32]', f'latency={limit}', *profile])})" for limit in limits]
 
 
 def shares_for(attempt: Attempt) -> tuple[float, ...]:

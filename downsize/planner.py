@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .bench import Bench, digest_of_model, tensor_bytes
-from .candidates import best_of, explained, halves_for, is_lossless, needs_speed, recipes_for, shares_for, smaller_for, why_not_worth_it
+from .candidates import best_of, explained, floats_for, halves_for, is_lossless, needs_speed, recipes_for, shares_for, smaller_for, why_not_worth_it
 from .engine import Run
 from .errors import DownsizeError, RunError, TargetError
 from .facts import Artifact, Attempt, Measurement, Report, Verdict, from_json, made_by, to_json
@@ -106,10 +106,11 @@ class Search:
         for text in recipes_for(self.bench.runtime.name, self.bench.original.network, host().features):
             self._add(self._try(Recipe.parse(text)))
         self._keep_slow_layers(self.attempts[1])
-        best = self._chosen()
-        if best is self.attempts[0] or not is_lossless(best):
-            for text in halves_for(self.bench.runtime.precisions()):
-                self._add(self._try(Recipe.parse(text)))
+        for texts in (halves_for(self.bench.runtime.precisions()), floats_for(self.attempts[1], self.bench.target)):
+            best = self._chosen()
+            if best is self.attempts[0] or not is_lossless(best):
+                for text in texts:
+                    self._add(self._try(Recipe.parse(text)))
         self._look_for_smaller()
 
     def _look_for_smaller(self) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 import downsize as ds
 from downsize import bench, engine, planner
-from downsize.candidates import best_of, explained, recipes_for, shares_for, smaller_for, why_not_worth_it
+from downsize.candidates import best_of, explained, floats_for, recipes_for, shares_for, smaller_for, why_not_worth_it
 from downsize.errors import CaptureError, ExportError, RunError, SpecError, TargetError, TaskError
 from downsize.facts import Agreement, Artifact, Attempt, Measurement, Report, Verdict, from_json
 from downsize.target import Target
@@ -138,6 +138,30 @@ def test_networks_are_made_smaller_where_bits_alone_miss_a_limit_that_this_could
     assert made == ["prune(macs=0.5) | quantize()", "factorize(macs=0.5) | quantize()"]
     assert [str(ds.Recipe.parse(text)) for text in made] == made
     assert smaller_for(network, "", 0.5) == ["prune(macs=0.5)", "factorize(macs=0.5)"]
+
+
+def test_layers_stay_in_float_where_integers_are_fast_enough_and_lose_score() -> None:
+    both = Target(latency="6 ms", latency_ratio=0.9)
+    made = floats_for(attempt("quantize()", both, 2.5, 0.5, 0.02), both)
+    assert made == ["quantize(widths=[8, 32], latency=5.82 ms)", "quantize(widths=[8, 32], latency=0.873)"]
+    assert [str(ds.Recipe.parse(text)) for text in made] == made
+    half = Target(latency_ratio=0.5)
+    (narrow,) = floats_for(attempt("quantize(profile='avx2')", half, 2.5, 0.3, 0.02), half)
+    assert str(ds.Recipe.parse(narrow)) == narrow == "quantize(widths=[8, 32], latency=0.485, profile='avx2')"
+    assert not floats_for(attempt("quantize()", both, 2.5, 0.7, 0.02), both)  # 7 ms
+    assert not floats_for(attempt("quantize()", both, 2.5, 0.5, 0.0), both)
+    assert not floats_for(attempt("quantize(activations='none')", both, 2.5, 0.5, 0.02), both)
+    assert not floats_for(attempt("quantize()", Target(size="3 MB"), 2.5, 0.5, 0.02), Target(size="3 MB"))
+
+
+def test_fit_tries_layers_in_float_where_integers_lose_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That integers were fast enough and lost is only said; the file is made and measured, or the clock of this machine refused it."""
+    asked = "quantize(widths=[8, 32], latency=0.95)"
+    for name, value in {"is_lossless": False, "halves_for": [], "recipes_for": ["quantize()"], "floats_for": [asked]}.items():
+        monkeypatch.setattr(planner, name, lambda *_, value=value: value)
+    made = ds.fit(task_of(mlp()), Target(drop="50 %"), tmp_path / "run")
+    (tried,) = [row for row in made.report.attempts if row.name == asked]
+    assert "latency_ratio" in tried.measurements or tried.reason.startswith("failed: quantize: latency") or "not smaller" in tried.reason
 
 
 # Refusing -------------------------------------------------------------------------------------------------------------------------
