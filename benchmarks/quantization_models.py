@@ -56,7 +56,7 @@ def minilm(seed: int) -> Iterator[Row]:
     judge, original = judge_of(task, subject), capture(task.model, task.example, more=task.variations())
     yield Row("float", lambda: original, judge)
     alone: dict[str, Any] = {"activations": "none", "symmetric": False}
-    in_blocks = alone | {"activations": "dynamic"}
+    in_blocks: dict[str, Any] = alone | {"activations": "dynamic"}
     for name, technique in {
         "4 bits, a scale for 128 columns": Quantize(bits=4, tables=4, group=128, **alone, samples=subject.samples),
         "4 bits, tables in 3, a scale for 64 columns": Quantize(bits=4, tables=3, group=64, **alone, samples=subject.samples),
