@@ -58,10 +58,10 @@ def saved_bytes(module: nn.Module) -> int:
 
 
 def calibrated(module: nn.Module, task: Task, batches: int) -> nn.Module:
-    """The module, run once on so many batches of the calibration data."""
-    run = answering(module)
-    for inputs, _ in itertools.islice(task.batches("calibrate"), batches):
-        run(inputs)
+    """The module, run once on so many batches of the calibration data; what it gives, if anything, is not looked at."""
+    with torch.no_grad():
+        for inputs, _ in itertools.islice(task.batches("calibrate"), batches):
+            module(**inputs) if isinstance(inputs, dict) else module(inputs)
     return module
 
 
@@ -293,7 +293,8 @@ def plain_convolutions(module: nn.Module) -> nn.Module:
                 sizes: Any = layer.kernel_size, layer.stride, layer.padding, layer.dilation
                 plain = nn.Conv2d(layer.in_channels, layer.out_channels, *sizes, groups=layer.groups, bias=layer.bias is not None)
                 plain.load_state_dict(layer.state_dict())
-                setattr(parent, name, nn.Sequential(layer.static_padding, plain))
+                padding: Any = layer.static_padding
+                setattr(parent, name, nn.Sequential(padding, plain))
     return module.eval()
 
 
