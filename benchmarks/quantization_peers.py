@@ -81,8 +81,7 @@ def minilm(original: Network, task: Task, judge: Judge) -> Iterator[Row]:
     }
     if installed("nncf"):
         makes |= {
-            "nncf: 4 bits, scale estimation, 32, tables in 8": lambda file: nncf_four(float_file(original, "minilm"), file, task, 32, False),
-            "nncf: 4 bits, AWQ and scale estimation, 32, tables in 8": lambda file: nncf_four(float_file(original, "minilm"), file, task, 32, True),
+            "nncf: 4 bits, scale estimation, 32, tables in 8": lambda file: nncf_four(float_file(original, "minilm"), file, task, 32),
             "nncf: 8 bits, weights alone": lambda file: nncf_eight(float_file(original, "minilm"), file),
             "nncf: 8 bits, static": lambda file: nncf_static(float_file(original, "minilm"), file, task, transformer=True),
         }
@@ -182,7 +181,7 @@ def nncf_eight(plain: Path, file: Path) -> Path:
     return file
 
 
-def nncf_four(plain: Path, file: Path, task: Task, group: int, awq: bool) -> Path:
+def nncf_four(plain: Path, file: Path, task: Task, group: int) -> Path:
     """Matrices in asymmetric 4 bits, scales by their error on 128 batches of the calibration data; tables and the last matrix in 8, as by default."""
     import nncf
     import onnx
@@ -191,7 +190,7 @@ def nncf_four(plain: Path, file: Path, task: Task, group: int, awq: bool) -> Pat
     # Below opset 21 the tool writes zero points for MatMulNBits in a shape that ONNX Runtime refuses.
     model = convert_version(onnx.load(plain), 21)
     options: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT4_ASYM, "group_size": group, "scale_estimation": True}
-    made = nncf.compress_weights(model, dataset=nncf.Dataset(arrays(model, task, STATISTICS)), awq=awq, **options)
+    made = nncf.compress_weights(model, dataset=nncf.Dataset(arrays(model, task, STATISTICS)), **options)
     onnx.save(made, file)
     return file
 
