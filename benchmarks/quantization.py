@@ -16,10 +16,14 @@ from collections.abc import Iterator
 import fashion
 import quantization_lstm
 import quantization_models
-from rows import Row, main
+import quantization_peers
+from rows import Quality, Row, main
+from torch import nn
 from training_fashion import EXAMPLE, LENET_EPOCHS, dense, score, task_of
 
 from downsize.network.capture import capture
+from downsize.network.cost import count
+from downsize.scores import top1
 from downsize.techniques.quantize import Quantize
 
 
@@ -33,6 +37,13 @@ def lenet(seed: int) -> Iterator[Row]:
         yield Row(f"{bits} bits, to nearest", lambda technique=plain: technique(start, task), score)
         solved = Quantize(bits=bits, ends=bits, activations="none", samples=fashion.CALIBRATION)
         yield Row(f"{bits} bits, GPTQ, in order", lambda technique=solved: technique(start, task), score)
+    macs = count(start, EXAMPLE[:1]).macs / 1e6  # of all lines the same
+
+    def score_of(made: nn.Module) -> Quality:
+        right = top1(quantization_peers.answering(made), fashion.test())
+        return {"top-1": 100 * right, "MMACs": macs, "kB": quantization_peers.saved_bytes(made) / 1e3}
+
+    yield from quantization_peers.lenet(model, score_of)
 
 
 CASES = {"lenet": lenet, **quantization_lstm.CASES, **quantization_models.CASES}

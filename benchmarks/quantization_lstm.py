@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from quantization_models import KEPT
+from quantization_peers import KEPT, answering, saved_bytes
+from quantization_peers import characters as peers
 from rows import Quality, Row
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -104,7 +105,9 @@ def judge(made: Any) -> Quality:
         with tempfile.TemporaryDirectory() as folder:
             write(made, Path(folder, "model.onnx"), "onnxruntime")
             return judge(Path(folder, "model.onnx"))
-    predict, loss, count = open_artifact(made, "onnxruntime", 1), 0.0, 0
+    module = isinstance(made, nn.Module)
+    predict, size = (answering(made), saved_bytes(made)) if module else (open_artifact(made, "onnxruntime", 1), made.stat().st_size)
+    loss, count = 0.0, 0
     for part in windows_of(texts()[1]).split(BATCH):
         logits = torch.from_numpy(np.asarray(predict(part[:, :-1].contiguous()))).double()
         loss += float(nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
@@ -114,7 +117,7 @@ def judge(made: Any) -> Quality:
         began = time.perf_counter()
         predict(one)
         times.append(1e3 * (time.perf_counter() - began))
-    return {"bits a character": loss / count / math.log(2), "kB": made.stat().st_size / 1e3, "ms": min(times)}
+    return {"bits a character": loss / count / math.log(2), "kB": size / 1e3, "ms": min(times)}
 
 
 def characters(seed: int) -> Iterator[Row]:
@@ -131,6 +134,7 @@ def characters(seed: int) -> Iterator[Row]:
         yield Row(name, lambda technique=technique: technique(original, task), judge)
     yield Row("onnxruntime.quantization: dynamic", lambda: onnxruntime_dynamic(original, False), judge)
     yield Row("onnxruntime.quantization: dynamic, a scale a row", lambda: onnxruntime_dynamic(original, True), judge)
+    yield from peers(model, judge)
 
 
 def onnxruntime_dynamic(original: Network, rows: bool) -> Path:

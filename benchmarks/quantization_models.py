@@ -9,7 +9,6 @@ from typing import Any
 
 import quantization_peers
 from pruning_models import SUBJECTS, Subject
-from quantization_peers import KEPT as KEPT
 from quantization_peers import answering, saved_bytes
 from rows import Quality, Row
 from torch import nn

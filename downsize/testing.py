@@ -28,6 +28,8 @@ from .network.network import Network, batch_of
 from .network.rewrite import constant
 from .network.statistics import Hook, walk
 from .numerics.agreement import Comparison
+from .numerics.groups import block_steps
+from .quantization.blocks import BLOCKS
 from .quantization.insertion import DYNAMIC, FAKE
 from .runtimes import RUNTIMES, open_artifact
 from .structure import as_call, flatten
@@ -122,18 +124,23 @@ def simulation_equals_artifact(network: Network, path: str | Path, inputs: Any) 
     Activations that are rounded to 16 bits are compared without that: ONNX Runtime computes in float32. A runtime that does compute in 16 bits
     rounds between the products, too, where the network does not: see :func:`artifact_is_as_near`.
 
+    Inputs of products that round them in blocks by themselves are compared by their blocks' steps.
+
     Where a product has a quantized weight and a float input, ONNX Runtime rounds that input by itself: then the outputs alone are
     compared, with 2 % allowed. (OpenVINO leaves out requantizations where it can; see :func:`artifact_is_as_near`.)
     """
     network = network.fork()
     without_rounding(network)
-    names = _quantizers(network)
     outputs, codes = _run_with_codes(Path(path), network, inputs)
+    # A file without products that round by themselves has plain operators for blocks, which are compared by the outputs.
+    in_kernels = any(len(one) == 1 and one[0].dtype == np.float32 for one in codes)
+    names = _quantizers(network, (DYNAMIC, BLOCKS) if in_kernels else (DYNAMIC,))
     assert len(codes) == len(names), f"simulation == artifact: the network has {len(names)} quantizers, the file {len(codes)}: it is of another."
     counts = _Counts()
     hooks = {node: counts.hook(node, found) for node, found in zip(names, codes, strict=True)}
     forced = walk(network, network.flat(inputs), hooks)
-    off, rounded_there = counts.off / max(counts.entries, 1), _has_float_inputs(network)
+    off = counts.off / max(counts.entries, 1)
+    rounded_there = _has_float_inputs(network) or (not in_kernels and any(node.target is BLOCKS for node in network.graph.nodes))
     if not rounded_there:
         assert counts.worst <= 1, f"simulation == artifact: {counts.where} differs by {counts.worst} codes; allowed 1."
         assert off <= CODE_FRACTION, f"simulation == artifact: {off:.2%} of {counts.entries} entries differ by a code; allowed {CODE_FRACTION:.1%}."
@@ -230,10 +237,10 @@ def _gap(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     return worst
 
 
-def _quantizers(network: Network) -> list[fx.Node]:
+def _quantizers(network: Network, dynamic: Sequence[object]) -> list[fx.Node]:
     """The quantizers of activations, in the order in which they stand in a file: dynamic ones last, each where it is first read."""
     static = [node for node in network.graph.nodes if node.target is FAKE and constant(network, node.args[0]) is None]
-    read = [source for node in network.graph.nodes for source in node.all_input_nodes if source.target is DYNAMIC]
+    read = [source for node in network.graph.nodes for source in node.all_input_nodes if source.target in dynamic]
     return static + list(dict.fromkeys(read))
 
 
@@ -245,7 +252,7 @@ def _has_float_inputs(network: Network) -> bool:
         readers = {reader for user in fake.users for reader in (user.users if user.target not in PRODUCTS else [user])} | set(fake.users)
         for product in readers:
             sources = [one for one in product.all_input_nodes if one is not fake and fake not in one.all_input_nodes and one.op != "get_attr"]
-            if product.target in PRODUCTS and any(one.target not in (FAKE, DYNAMIC) for one in sources):
+            if product.target in PRODUCTS and any(one.target not in (FAKE, DYNAMIC, BLOCKS) for one in sources):
                 return True
     return False
 
@@ -267,18 +274,24 @@ class _Counts:
         codes = torch.from_numpy(found[0]).float()
 
         def compare(args: tuple[Any, ...], value: Tensor) -> Tensor:
+            if node.target is BLOCKS:
+                rounded = BLOCKS(codes, args[1])
+                self._count(node, ((value - rounded) / block_steps(codes, args[1])).round().abs())
+                return rounded
             if node.target is FAKE:
                 scale, zero_point = args[1].float(), args[2].float()
             else:
                 scale, zero_point = (torch.from_numpy(np.asarray(part)).float() for part in found[1:])
-            gap = torch.round(value / scale + zero_point - codes).abs()
-            self.entries += gap.numel()
-            self.off += int((gap > 0).sum())
-            if gap.numel() and int(gap.max()) > self.worst:
-                self.worst, self.where = int(gap.max()), f"{node.name} ({node.meta.get('module') or 'the model'})"
+            self._count(node, torch.round(value / scale + zero_point - codes).abs())
             return (codes - zero_point) * scale
 
         return compare
+
+    def _count(self, node: fx.Node, gap: Tensor) -> None:
+        self.entries += gap.numel()
+        self.off += int((gap > 0).sum())
+        if gap.numel() and int(gap.max()) > self.worst:
+            self.worst, self.where = int(gap.max()), f"{node.name} ({node.meta.get('module') or 'the model'})"
 
 
 def _run_with_codes(path: Path, network: Network, inputs: Any) -> tuple[list[np.ndarray], list[tuple[np.ndarray, ...]]]:
@@ -294,11 +307,15 @@ def _run_with_codes(path: Path, network: Network, inputs: Any) -> tuple[list[np.
             name = clipped.get(node.output[0], node.output[0])
             added.append((name,))
             model.graph.output.append(helper.make_tensor_value_info(name, zeros[node.input[2]], None))
-    seen: dict[str, tuple[str, ...]] = {}
+    seen: dict[tuple[str, str], tuple[str, ...]] = {}
     for node in model.graph.node:
-        if node.op_type == "DynamicQuantizeLinear" and node.input[0] not in seen:
-            # Layers that read one tensor have a quantizer each, which all give the same.
-            seen[node.input[0]] = tuple(node.output)
+        if (node.op_type, node.input[0] if node.input else "") in seen:
+            continue  # layers that read one tensor have a quantizer each, which all give the same
+        if node.op_type == "MatMulNBits" and any(one.name == "accuracy_level" and one.i == 4 for one in node.attribute):
+            seen[node.op_type, node.input[0]] = (node.input[0],)
+            model.graph.output.append(helper.make_tensor_value_info(node.input[0], onnx.TensorProto.FLOAT, None))
+        if node.op_type == "DynamicQuantizeLinear":
+            seen[node.op_type, node.input[0]] = tuple(node.output)
             kinds = (onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8)
             model.graph.output.extend(helper.make_tensor_value_info(name, kind, None) for name, kind in zip(node.output, kinds, strict=True))
     added += seen.values()

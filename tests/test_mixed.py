@@ -304,11 +304,13 @@ def test_float_among_the_widths_costs_32_bits_and_leaves_the_inputs_alone(activa
 
 def test_float_counts_the_rounding_of_inputs_and_32_times_32_operations() -> None:
     # Oracle: all assignments, by losses of weight and input alone, each measured on a network that has nothing else quantized.
+    torch.manual_seed(0)
     model = Net(lambda net, x: net.b(torch.relu(net.a(x))).mean((2, 3)), a=conv(3, 8), b=conv(8, 16))
     network = plain(model, IMAGE)
-    placement, data = place(network), data_of(network, model)
+    placement, pieces = place(network), Pieces.of(network, task_of(model, IMAGE, 4).batches("calibrate"))
+    data = Data(pieces, pieces)
     names = [str(point.node.target) for point in placement.weights]
-    shells = Shells(network, placement, Build(Bits(8, 8, 8), "uniform", True), Pieces.of(network, task_of(model, IMAGE, 4).batches("calibrate")))
+    shells = Shells(network, placement, Build(Bits(8, 8, 8), "uniform", True), pieces)
     spared = shells.spared(names, data)
     # With b in float, the input of a is all that is rounded.
     assert Judge(network, data.held)(shells(["b.weight"])) == pytest.approx(spared["a.weight"], rel=1e-4) and spared["b.weight"] > 0

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 import downsize as ds
 from downsize.candidates import recipes_for
-from downsize.errors import SpecError, TaskError
+from downsize.errors import CutError, SpecError, TaskError
 from downsize.network.network import Network
 from downsize.quantization import blocks
 from downsize.runtimes import RUNTIMES
 from downsize.techniques import Quantize
 from downsize.techniques.sparsify import Sparsify
-from downsize.testing import loaded_equals_live
+from downsize.testing import loaded_equals_live, simulation_equals_artifact
 
 TOKENS = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 ours = torch.ops.downsize
@@ -75,6 +75,7 @@ def test_files_multiply_in_integers_what_is_simulated(way, tmp_path):
     assert len(product_inputs(onnx.load(path))) == 3 and in_onnxruntime(path)["MatMulNBits"] == 4
     for batch in (1, 9):
         law(made, path, torch.randint(0, 50, (batch, 7), generator=torch.Generator().manual_seed(batch)))
+    assert simulation_equals_artifact(made, path, TOKENS).requantizations == 3
     loaded_equals_live(made, TOKENS)
     rounding = float((made.predict(TOKENS) - network.predict(TOKENS)).norm() / network.predict(TOKENS).norm())
     assert 0 < rounding < (0.5 if way == "2 bits" else 0.15)
@@ -161,6 +162,13 @@ def test_chains_end_in_files_that_compute_what_is_simulated(before, tmp_path):
     assert len(block_nodes(network)) >= 3
     law(network, tmp_path / "model.onnx", torch.randint(0, 50, (4, 7)))
     loaded_equals_live(network, TOKENS)
+
+
+@pytest.mark.parametrize("behind", ["prune(macs=0.7)", "factorize(macs=0.8)", "sparsify(sparsity=0.5)", "compensate(rank=2)"])
+def test_what_would_leave_the_integers_is_refused_behind_it(behind, tmp_path):
+    _, made, _ = quantized(tmp_path, bits=4, group=32)
+    with pytest.raises((TaskError, CutError), match="quantize"):
+        ds.Recipe.parse(behind).steps[0](made, task_of(text_model(), TOKENS))
 
 
 def test_zeros_survive():

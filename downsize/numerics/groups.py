@@ -109,3 +109,11 @@ def _(x: Tensor, group: int) -> Tensor:
 
 
 fake_quantize_blocks.register_autograd(lambda ctx, grad: (grad, None), setup_context=lambda ctx, inputs, output: None)
+
+
+def block_steps(x: Tensor, group: int) -> Tensor:
+    """The step of each entry's block in :func:`fake_quantize_blocks`: [..., columns], float32."""
+    columns = x.shape[-1]
+    blocks = torch.nn.functional.pad(x.float(), (0, -columns % group)).unflatten(-1, (group_count(columns, group), group))
+    extreme = blocks.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_EXTREME)
+    return (extreme / LARGEST_CODE).expand(blocks.shape).flatten(-2)[..., :columns]

@@ -39,9 +39,7 @@ from .refitting import refit_layers
 from .renormalise import reestimate_batch_norms
 from .sites import Reader, Site, first_reader, in_order, sites
 
-QUANTIZERS = tuple(
-    getattr(torch.ops.downsize, name).default for name in ("fake_quantize", "fake_quantize_dynamic", "fake_quantize_groups", "fake_quantize_levels")
-)
+QUANTIZERS = tuple(getattr(torch.ops.downsize, f"fake_quantize{kind}").default for kind in ("", "_dynamic", "_blocks", "_groups", "_levels"))
 # What a cut may differ from its mask by, of the outputs' largest value.
 TOLERANCE = 1e-3
 

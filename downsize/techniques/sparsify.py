@@ -25,9 +25,7 @@ from ..training.plan import Training
 METHODS = ("magnitude", "wanda", "sparsegpt", "surgeon")
 # Layers that read more at each position go by magnitude: a Gram matrix takes the square of this in memory, factoring it the cube in time.
 LARGEST_COLUMNS = 4608
-QUANTIZERS = tuple(
-    getattr(torch.ops.downsize, name).default for name in ("fake_quantize", "fake_quantize_dynamic", "fake_quantize_groups", "fake_quantize_levels")
-)
+QUANTIZERS = tuple(getattr(torch.ops.downsize, f"fake_quantize{kind}").default for kind in ("", "_dynamic", "_blocks", "_groups", "_levels"))
 
 
 @frozen
