@@ -271,7 +271,7 @@ def test_random_networks_are_cut_as_masked(specimen):
 
 
 @pytest.mark.slow
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(networks())
 def test_more_random_networks_are_cut_as_masked(specimen):
     assert_random_network_is_cut_as_masked(specimen, 2)

@@ -305,13 +305,11 @@ def test_a_file_meets_the_limit_in_its_runtime(tmp_path: Path, monkeypatch: pyte
     layers = [conv(3, 64), nn.ReLU(), conv(64, 64), nn.ReLU(), conv(64, 64), nn.ReLU(), conv(64, 64), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
     image = torch.randn(1, 3, 24, 24)
-    task, share = task_of(model, image, batches=6), 0.8
+    task, share = task_of(model, image, batches=4), 0.8
     try:
-        result = ds.run(task, f"quantize(widths=[8, 32], latency={share}, samples=24)", ds.Target(), into=tmp_path / "run")
+        result = ds.run(task, f"quantize(widths=[8, 32], latency={share}, samples=12)", ds.Target(), into=tmp_path / "run")
     except AllocationError as error:
         assert f"latency of at most {share}" in str(error)
         return
     baseline = tmp_path / "run" / "baseline.onnx"
     assert latency(result.artifact.path, image, baseline=baseline)["latency_ratio"].low <= share * 1.1  # type: ignore[operator]
-    with pytest.raises(AllocationError, match=r"latency of at most 0\.001 of the float file's time cannot be reached"):
-        ds.run(task, "quantize(widths=[8, 32], latency=0.001, samples=24)", ds.Target(), into=tmp_path / "other")
