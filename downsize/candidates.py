@@ -49,10 +49,11 @@ def halves_for(precisions: Collection[str]) -> list[str]:
 
 
 def floats_for(attempt: Attempt, target: Target) -> list[str]:
-    """For an int8 file that meets the limits of time and loses score: as many of the layers in float as the time allows."""
+    """For an int8 file that meets the limits of time and loses more score than it may: as many of the layers in float as the time allows."""
     times = [one for one in (attempt.verdict.outcomes if attempt.verdict else ()) if one.limit.name in ("latency", "latency_ratio")]
     static = attempt.recipe.startswith("quantize(") and "activations" not in attempt.recipe
-    if not (static and times and all(one.met for one in times)) or loss_of(attempt)[0] == 0:
+    allowed = DROP_WITHOUT_LIMIT if target.drop is None else target.drop
+    if not (static and times and all(one.met for one in times)) or loss_of(attempt)[0] <= allowed:
         return []
     # The recipe's clock takes one sample, and measures apart from the verdict.
     limits = [f"{SPARE * target.latency * 1e3:.4g} ms"] if target.latency and target.batch == 1 else []

@@ -149,7 +149,9 @@ def test_layers_stay_in_float_where_integers_are_fast_enough_and_lose_score() ->
     (narrow,) = floats_for(attempt("quantize(profile='avx2')", half, 2.5, 0.3, 0.02), half)
     assert str(ds.Recipe.parse(narrow)) == narrow == "quantize(widths=[8, 32], latency=0.485, profile='avx2')"
     assert not floats_for(attempt("quantize()", both, 2.5, 0.7, 0.02), both)  # 7 ms
-    assert not floats_for(attempt("quantize()", both, 2.5, 0.5, 0.0), both)
+    assert not floats_for(attempt("quantize()", both, 2.5, 0.5, 0.009), both)
+    generous = Target(latency_ratio=0.9, drop="5 %")
+    assert not floats_for(attempt("quantize()", generous, 2.5, 0.5, 0.02), generous)
     assert not floats_for(attempt("quantize(activations='none')", both, 2.5, 0.5, 0.02), both)
     assert not floats_for(attempt("quantize()", Target(size="3 MB"), 2.5, 0.5, 0.02), Target(size="3 MB"))
 
