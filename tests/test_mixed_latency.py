@@ -105,6 +105,29 @@ def test_costs_are_what_the_files_take() -> None:
             assert budget.change(levels, number, 1 - levels[number]) == pytest.approx(budget.of(other) - budget.of(levels))
 
 
+class Sharing(Told):
+    """A layer whose kernel takes longer in proportion to how many of its readers are of another type."""
+
+    def spent(self, kept: Collection[str]) -> dict[str, Spent]:
+        found = {name: Spent(one.own, 0.0) for name, one in super().spent(kept).items()}
+        for own, parent in zip(self.layers.names, self.layers.parents, strict=True):
+            read = "" if parent is None else self.layers.names[parent]
+            if read and (own in kept) != (read in kept):
+                readers = sum(other == parent for other in self.layers.parents)
+                found[read] = found[read]._replace(own=found[read].own + 0.6 / readers)
+        return found
+
+
+def test_readers_share_what_a_layer_takes_longer_because_of_them() -> None:
+    # Oracle: the sum that the stopwatch goes by; counted for each reader alone, the whole would be counted several times.
+    told, _ = case(0)
+    layers = Layers(["a", "b", "c", "d"], [None, 0, 0, 0], [True] * 4)
+    watch = Sharing(layers, told.times[:4], told.change[:4], told.rest)
+    budget = costs_of(layers, watch)
+    for levels in itertools.product((0, 1), repeat=4):
+        assert budget.of(levels) == pytest.approx(watch.total(layers.kept(levels)))
+
+
 @pytest.mark.parametrize("off", [0.8, 1.2])
 def test_files_that_take_another_time_than_predicted_still_meet_the_limit(off: float) -> None:
     # Oracle: the times of the files themselves, over all assignments; loosened where they are faster than predicted, else tightened.
