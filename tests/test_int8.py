@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
+from small_nets import Net, conv, int8
 from torch import nn
 from zoo import Depthwise, Residual, block, head, images, shake
 
 import downsize as ds
 from downsize.errors import TaskError
 from downsize.network.onnx_file import write
-from downsize.network.rewrite import fold_batch_norm
+from downsize.network.rewrite import aten, fold_batch_norm
 from downsize.network.statistics import Distribution
 from downsize.numerics import grids
 from downsize.numerics.hessian import gptq
 from downsize.quantization import ranges
 from downsize.quantization.correction import channel_means, correct_biases
 from downsize.quantization.equalization import equalize
-from downsize.quantization.insertion import extremes
+from downsize.quantization.insertion import FAKE, extremes
 from downsize.techniques import Quantize
 from downsize.testing import simulation_equals_artifact
 
@@ -228,6 +231,26 @@ def test_a_perceptron_and_a_transformer_layer_multiply_in_integers(tmp_path: Pat
     assert operators["MatMulIntegerToFloat"] + operators["QGemm"] == linear == 4
     assert operators["MatMul"] + operators["FusedMatMul"] == 2  # attention's own products stay in float
     simulation_equals_artifact(made, path, x)
+
+
+def pyramid(net: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    large = net.stem(x).relu()
+    return net.head(F.max_pool2d(large, 2)), net.head(large)
+
+
+def gated(net: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    large = net.stem(x).relu()
+    return net.head(large * net.inner(large).sigmoid()), net.head(large)
+
+
+@pytest.mark.parametrize("forward", [pyramid, gated])
+def test_a_layer_used_at_several_places_is_quantized_once_whatever_the_order_of_its_inputs(forward):
+    """The last of these inputs in the graph is quantized first: its layer is then the last among the readers of the weight."""
+    torch.manual_seed(0)
+    made = int8(Net(forward, stem=conv(3, 8), inner=conv(8, 8), head=conv(8, 4)), torch.randn(2, 3, 8, 8))
+    fakes = [node for node in made.quantized.graph.nodes if node.target is FAKE and str(getattr(node.args[0], "target", "")) == "head.weight"]
+    assert [len(fake.users) for fake in fakes] == [2]
+    simulation_equals_artifact(made.quantized, made.path, made.inputs)
 
 
 def test_dynamic_quantization_multiplies_in_integers(tmp_path: Path):

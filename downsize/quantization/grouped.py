@@ -65,7 +65,7 @@ def solved(weight: Tensor, gram: Tensor, wanted: Format, steps: Steps) -> Tensor
 
 def quantize(network: Network, point: WeightPoint, wanted: Format, steps: Steps) -> None:
     """Fake-quantize a weight in place, with these steps."""
-    name, first = str(point.node.target), next(iter(point.node.users))
+    name, first = str(point.node.target), min(point.node.users)
 
     def kept(what: str, tensor: Tensor) -> object:
         return add_constant(network, f"{name}_{what}", tensor, first)

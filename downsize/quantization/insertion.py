@@ -66,7 +66,7 @@ def function_of(levels: Levels, weight: Tensor, axis: int | None, masked: bool) 
 
 
 def _quantize_weight(network: Network, point: WeightPoint, scale: Tensor, grid: Grid) -> None:
-    first = next(iter(point.node.users))
+    first = min(point.node.users)
     name = str(point.node.target)
     parts = ("step", scale), ("offset", torch.zeros_like(scale, dtype=torch.int32))
     made = [add_constant(network, f"{name}_{what}", tensor, first) for what, tensor in parts]
