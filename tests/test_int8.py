@@ -19,7 +19,7 @@ from zoo import Depthwise, Residual, block, head, images, shake
 import downsize as ds
 from downsize.errors import TaskError
 from downsize.network.onnx_file import write
-from downsize.network.rewrite import aten, fold_batch_norm
+from downsize.network.rewrite import fold_batch_norm
 from downsize.network.statistics import Distribution
 from downsize.numerics import grids
 from downsize.numerics.hessian import gptq
