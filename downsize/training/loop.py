@@ -77,7 +77,7 @@ def frozen_names(network: Network, patterns: Sequence[str]) -> set[str]:
     """Turn off training of the parameters whose names match a pattern, in place. Returns those it was turned off for.
 
     Raises:
-        TaskError: a pattern matches no tensor, or nothing is left to train.
+        TaskError: a pattern matches no tensor, nothing is left to train, or what is left has 16 bits.
     """
     tensors = dict(network.named_tensors())
     found: set[str] = set()
@@ -90,7 +90,13 @@ def frozen_names(network: Network, patterns: Sequence[str]) -> set[str]:
     for name in frozen:
         tensors[name].requires_grad_(False)
     if not any(True for _ in network.parameters()):
-        raise TaskError("the network has no tensor that can be trained: all are frozen (requires_grad=False).")
+        raise TaskError("the network has no tensor that can be trained: all are frozen (requires_grad=False); model.requires_grad_(True) frees them.")
+    for name, tensor in tensors.items():
+        if tensor.requires_grad and tensor.dtype in (torch.float16, torch.bfloat16):
+            # What a step adds to a weight is mostly less than half of its last bit, and AdamW's second moments are zero in float16.
+            raise TaskError(
+                f"The weight {name} is {str(tensor.dtype)[6:]}, which rounds steps away; training needs float32: call model.float() before."
+            )
     return frozen
 
 

@@ -39,7 +39,8 @@ class TaskLoss(Objective):
         except Exception as error:
             raise TaskError(f"the task's loss raised {type(error).__name__}: {error}") from error
         if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
-            raise TaskError(f"the task's loss gave {value!r}; expected a scalar tensor that depends on the outputs.")
+            came = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) and value.dim() else repr(value)
+            raise TaskError(f"the task's loss gave {came}; expected a scalar tensor that depends on the outputs.")
         return value
 
 
@@ -50,7 +51,13 @@ def class_loss(outputs: Any, targets: Any) -> Tensor:
         TaskError: targets are no whole numbers, of another shape, or name a class that does not exist.
     """
     scores = outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else flatten(outputs)[0][0]
-    classes = torch.as_tensor(targets)
+    try:
+        classes = torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TaskError(
+            f"targets are {type(targets).__name__}; expected class numbers {list(scores.shape[:-1])}, in every batch if in the first: give those, "
+            "a loss of your own, Task(..., loss=...), or train by distill()."
+        ) from error
     if classes.shape != scores.shape[:-1] or classes.dtype.is_floating_point:
         raise TaskError(f"targets are {classes.dtype} {list(classes.shape)}; expected class numbers {list(scores.shape[:-1])}.")
     wrong = classes[(classes != IGNORED) & ((classes < 0) | (classes >= scores.shape[-1]))]
