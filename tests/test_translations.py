@@ -1,0 +1,71 @@
+"""The exporter's table of translations is read once a process, and what one file adds to it is in no other file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+from downsize.network import onnx_file, translations
+from downsize.network.capture import capture
+from downsize.network.onnx_file import write
+
+
+def pooled(size: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Hardswish(), nn.AdaptiveAvgPool2d(size), nn.Flatten(), nn.Linear(2 * size**2, 3)).eval()
+
+
+def test_the_table_is_read_once_and_the_bytes_are_those_of_a_table_of_its_own(tmp_path, monkeypatch):
+    networks = [capture(pooled(size), torch.zeros(2, 1, 8, 8)) for size in (1, 3, 1)]
+    for number, network in enumerate(networks):
+        monkeypatch.setattr(translations, "_read", {})
+        write(network, tmp_path / f"own{number}.onnx")
+    read, build = [], ONNXRegistry.from_torchlib
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", staticmethod(lambda **settings: read.append(settings) or build(**settings)))
+    monkeypatch.setattr(translations, "_read", {})
+    for number, network in enumerate(networks):
+        write(network, tmp_path / f"once{number}.onnx")
+        assert (tmp_path / f"once{number}.onnx").read_bytes() == (tmp_path / f"own{number}.onnx").read_bytes()
+    assert len(read) == 1
+
+
+def test_a_translation_of_one_file_is_not_in_the_next(tmp_path):
+    x = torch.randn(2, 1, 8, 8)
+    for size in (1, 3):
+        model, path = pooled(size), tmp_path / f"{size}.onnx"
+        write(capture(model, x), path)
+        assert ("GlobalAveragePool" in {node.op_type for node in onnx.load(path).graph.node}) == (size == 1)
+        session = onnxruntime.InferenceSession(path)
+        torch.testing.assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_torchs_own_exporter_is_as_before_also_after_an_error(tmp_path, monkeypatch):
+    own = vars(ONNXRegistry)["from_torchlib"]
+    with translations.read_once():
+        assert vars(ONNXRegistry)["from_torchlib"] is not own
+    assert vars(ONNXRegistry)["from_torchlib"] is own
+    network = capture(pooled(1), torch.zeros(2, 1, 8, 8))
+    monkeypatch.setattr(onnx_file, "_export", lambda network: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write(network, tmp_path / "m.onnx")
+    assert vars(ONNXRegistry)["from_torchlib"] is own and not list(tmp_path.iterdir())
+
+
+def test_a_table_in_another_form_is_copied_whole(monkeypatch):
+    class Other:
+        def __init__(self) -> None:
+            self.entries = {"a": [1]}
+
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", classmethod(lambda cls: Other()))
+    monkeypatch.setattr(translations, "_read", {})
+    with translations.read_once():
+        one: Any = ONNXRegistry.from_torchlib()
+        one.entries["a"].append(2)
+        other: Any = ONNXRegistry.from_torchlib()
+        assert other.entries == {"a": [1]}
