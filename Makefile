@@ -32,10 +32,10 @@ types: $(STAMP)
 	$(BIN)/pyright
 
 fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 demo: $(STAMP)
 	$(BIN)/downsize fit examples/photos.py --runtime onnxruntime --threads 1 --size 5.2MB --latency-ratio 0.65 --drop 5% --into runs/photos
