@@ -21,6 +21,7 @@ from downsize.network.lineage import Lineage
 from downsize.network.network import Network
 from downsize.network.onnx_file import write
 from downsize.pruning.costs import Costs, evaluate
+from downsize.pruning.pieces import collected
 from downsize.pruning.structure import prune as prune_in_rounds
 from downsize.recipe import Recipe
 from downsize.structure import flatten
@@ -327,6 +328,13 @@ def test_one_sample_is_too_little():
     data = [(like(IMAGE, 1, 0), None)]
     with pytest.raises(TaskError, match="expected at least two"):
         Prune(macs=0.5)(network, Task(task.model, IMAGE, {"calibrate": lambda: data}))
+
+
+def test_three_samples_in_one_batch_are_parted():
+    network, task = residual()
+    data = [(like(IMAGE, 3, 0), None)]
+    found = collected(network, Task(task.model, IMAGE, {"calibrate": lambda: data}), 512, 5)
+    assert (len(found.fit), len(found.held)) == (2, 1)
 
 
 def test_latency_needs_a_clock():

@@ -35,6 +35,8 @@ def collected(network: Network, task: Task, samples: int, holdout: int) -> Data:
     """
     rows = max(1, samples // PIECES)
     pieces = Pieces.of(network, in_rows(network, task.batches("calibrate"), rows), samples)
+    if len(pieces) < 2 and rows > 1:
+        pieces = Pieces.of(network, in_rows(network, task.batches("calibrate"), 1), samples)
     if len(pieces) < 2:
         raise TaskError("There is one calibration sample; expected at least two, one to solve on and one to judge by: give a hundred, or samples=0.")
     fit, held = pieces.parted(max(2, min(holdout, len(pieces))))
