@@ -32,7 +32,7 @@ from .numerics.groups import block_steps
 from .quantization.blocks import BLOCKS
 from .quantization.insertion import DYNAMIC, FAKE
 from .runtimes import RUNTIMES, open_artifact
-from .structure import as_call, flatten
+from .structure import as_call, flatten, unflatten
 from .task import Task, plain
 
 aten = torch.ops.aten
@@ -129,7 +129,7 @@ def simulation_equals_artifact(network: Network, path: str | Path, inputs: Any) 
     Where a product has a quantized weight and a float input, ONNX Runtime rounds that input by itself: then the outputs alone are
     compared, with 2 % allowed. (OpenVINO leaves out requantizations where it can; see :func:`artifact_is_as_near`.)
     """
-    network = network.fork()
+    inputs, network = _in_torch(inputs), network.fork()
     without_rounding(network)
     outputs, codes = _run_with_codes(Path(path), network, inputs)
     # A file without products that round by themselves has plain operators for blocks, which are compared by the outputs.
@@ -156,6 +156,7 @@ def artifact_is_as_near(original: Network, network: Network, path: str | Path, i
     For every runtime, also for those that go on in float where the file has integers, and for those that compute in 16 bits: they round at about
     twice as many places as the network does, by as much, so that errors are sqrt(2) times as large. Returns the file's agreement with the original.
     """
+    inputs = _in_torch(inputs)
     expected = original.predict(inputs)
     simulated, real = _agreement(expected, network.predict(inputs)), _agreement(expected, open_artifact(path, runtime)(inputs))
     allowed = 1.5 * simulated.relative_error + 1e-3
@@ -203,10 +204,17 @@ def _check_file(made: Network, original: Network, example: Any, path: Path) -> N
 
 
 def _sizes(network: Network, inputs: Any) -> list[Any]:
-    """The inputs, and, where the batch is open, batches of 1 and 3 made of them."""
+    """The inputs, and, where the batch is open, batches of 1 and 3 made of them; all as torch tensors."""
+    inputs = _in_torch(inputs)
     if not any(port.dims and port.dims[0] == "batch" for port in network.ports):
         return [inputs]
     return [inputs, *(batch_of(inputs, [0] * size) for size in BATCHES)]
+
+
+def _in_torch(inputs: Any) -> Any:
+    """The same with torch tensors for numpy arrays."""
+    leaves, structure = flatten(inputs)
+    return unflatten(structure, [torch.as_tensor(leaf) for leaf in leaves])
 
 
 def _call(model: torch.nn.Module, inputs: Any) -> Any:

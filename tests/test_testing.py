@@ -205,6 +205,17 @@ def test_a_sound_technique_passes_and_its_result_comes_back(tmp_path):
     check_technique(Quantize(samples=16), network, task)
 
 
+def test_the_laws_take_numpy_arrays(tmp_path):
+    model, example = perceptron(), ROWS.numpy()
+    network, batches = capture(model, ROWS), [(example, None)] * 4
+    made = check_technique(Quantize(samples=8, correct=False), network, Task(model, example, {"calibrate": lambda: batches}), tmp_path)
+    captured_equals_original(model, network, example)
+    neutral_equals_identity(network, network.fork(), example)
+    write(made, tmp_path / "m.onnx")
+    assert simulation_equals_artifact(made, tmp_path / "m.onnx", example) == simulation_equals_artifact(made, tmp_path / "m.onnx", ROWS)
+    assert artifact_is_as_near(network, made, tmp_path / "m.onnx", example, "onnxruntime").samples == 2
+
+
 def in_place(network: Network, task: Task) -> Network:
     with torch.no_grad():
         network.tensor("0.weight").mul_(2)
