@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softmax
 from zoo import BY_NAME, specimen
 
-from downsize.errors import SpecError, TaskError
+from downsize.errors import CaptureError, SpecError, TaskError
 from downsize.network.blocks import blocks
 from downsize.network.capture import capture
 from downsize.network.network import Network
@@ -68,7 +68,8 @@ def test_no_steps_change_nothing(fields):
 
 
 @pytest.mark.parametrize(
-    ("outputs", "features"), [("logits", "none"), ("dist", "hint"), ("dkd", "attention"), ("error", "relations"), ("auto", "similarity")]
+    ("outputs", "features"),
+    [("logits", "none"), ("dist", "hint"), ("dkd", "attention"), ("error", "relations"), ("auto", "similarity"), ("standardized", "none")],
 )
 def test_whoever_knows_all_learns_nothing(outputs, features):
     model = classifier()
@@ -222,6 +223,17 @@ def test_another_model_teaches():
     assert float((after - wanted).detach().square().sum()) < 0.3 * float((before - wanted).detach().square().sum())
     inner = Distill(teacher="strong", steps=3, rate=0.1, optimizer="sgd", weight=1.0, features="hint")
     assert distance(inner(network_of(teacher), task), network_of(teacher)) < 1e-5
+
+
+def test_a_model_that_cannot_serve_is_named():
+    models = {"awake": classifier(4).train(), "narrow": nn.Linear(1, 3).eval()}
+    task = task_of(classifier(8), models=models)
+    network = capture(task.model, task.example)
+    for name, says in (("awake", "training mode"), ("narrow", "cannot be multiplied")):
+        with pytest.raises(CaptureError, match=f"(?s)models\\['{name}'\\], the student: .*{says}"):
+            Distill(student=name, steps=1)(network, task)
+        with pytest.raises(TaskError, match=f"(?s)models\\['{name}'\\], the teacher: .*{says}"):
+            Distill(teacher=name, steps=1)(network, task)
 
 
 def test_unknown_names_are_refused_with_the_nearest():

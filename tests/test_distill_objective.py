@@ -96,7 +96,8 @@ def test_with_no_weight_the_teacher_is_not_asked():
 
 
 @pytest.mark.parametrize(
-    ("outputs", "features"), [("logits", "none"), ("dist", "hint"), ("dkd", "attention"), ("error", "relations"), ("auto", "similarity")]
+    ("outputs", "features"),
+    [("logits", "none"), ("dist", "hint"), ("dkd", "attention"), ("error", "relations"), ("auto", "similarity"), ("standardized", "none")],
 )
 def test_a_student_that_is_its_teacher_has_no_loss(features, outputs):
     model = classifier()

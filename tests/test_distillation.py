@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import zscore
 from torch import Tensor
 
 from downsize.numerics.distillation import (
@@ -24,6 +25,7 @@ from downsize.numerics.distillation import (
     similarity_matrix,
     similarity_preserving,
     soft_logits,
+    standardized,
 )
 
 
@@ -35,6 +37,7 @@ CLASSES = torch.tensor([0, 2, 1, 3, 2])
 REAL = torch.tensor([[True, True, True, False], [True, False, False, False], [True, True, True, True]])
 LOSSES = {
     "soft_logits": (lambda s, t: soft_logits(s, t, 3.0), (5, 4)),
+    "standardized": (lambda s, t: standardized(s, t, 2.0), (5, 4)),
     "dist": (lambda s, t: dist(s, t, 2.0), (5, 4)),
     "dkd": (lambda s, t: dkd(s, t, CLASSES, 2.0), (5, 4)),
     "relative_error": (relative_error, (5, 4)),
@@ -100,6 +103,23 @@ def test_a_class_that_the_teacher_excludes_costs_nothing():
     teacher, student = torch.tensor([[0.0, 1.0, -math.inf]]).double(), torch.tensor([[0.0, 1.0, -math.inf]]).double().requires_grad_()
     value = soft_logits(student, teacher)
     assert value.item() == 0 and torch.autograd.grad(value, student)[0].isfinite().all()
+
+
+def test_standardized_scores_are_those_of_scipy_and_know_neither_shift_nor_scale():
+    student, teacher = random(6, 5), random(6, 5, seed=1)
+    one, two = (torch.from_numpy(zscore(scores.numpy(), axis=1)) for scores in (student, teacher))
+    assert float(standardized(student, teacher, 2.0)) == pytest.approx(10 * float(soft_logits(one, two, 2.0)), rel=1e-10)
+    assert float(standardized(3 * teacher + 5, teacher)) == pytest.approx(0, abs=1e-12)
+
+
+def test_standardized_scores_without_spread_or_with_excluded_classes_have_finite_gradients():
+    teacher = torch.tensor([[0.0, 1.0, -math.inf], [2.0, 2.0, 2.0]]).double()
+    student = torch.tensor([[1.0, 0.0, -math.inf], [1.0, 1.0, 1.0]]).double().requires_grad_()
+    value = standardized(student, teacher)
+    # The first row: (1, -1) against (-1, 1) at temperature 2, where the probabilities are 1 / (1 + e) and e / (1 + e).
+    p = 1 / (1 + math.e)
+    assert value.item() == pytest.approx(10 * 4 * (1 - 2 * p) / 2, rel=1e-10)
+    assert torch.autograd.grad(value, student)[0].isfinite().all()
 
 
 def test_dist_is_one_minus_correlations_over_classes_and_over_samples():

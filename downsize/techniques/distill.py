@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from ..errors import SpecError, nearest
+from ..errors import DownsizeError, SpecError, nearest
 from ..network.capture import capture
 from ..network.network import Network
 from ..pruning.renormalise import reestimate_batch_norms
@@ -46,9 +46,10 @@ class Distill(Training):
         student: None (the network as it comes), ``depth`` (every other repeated layer is left out), ``width`` (half of every width; weights of
             both are the network's own), or the name of a model in ``task.models``, which takes the network's place.
         teacher: None (the original model), or the name of a model in ``task.models``.
-        outputs: what is compared. ``logits`` (Hinton's divergence at ``temperature``), ``dist`` (correlations; for a teacher much stronger than
-            the student), ``dkd`` (decoupled), ``embedding`` (cosines, of samples with the teacher's and with one another), ``error`` (relative
-            squared error), or ``auto``: logits for class scores, embedding for vectors of length 1, else error.
+        outputs: what is compared. ``logits`` (Hinton's divergence at ``temperature``), ``standardized`` (the same of scores of mean 0 and
+            deviation 1: for a small student, at temperature 2), ``dist`` (correlations; for a teacher much stronger than the student),
+            ``dkd`` (decoupled), ``embedding`` (cosines, of samples with the teacher's and with one another), ``error`` (relative squared
+            error), or ``auto``: logits for class scores, embedding for vectors of length 1, else error.
         weight: of the outputs' loss; the task's own has the rest where there are labels.
         features: what is compared inside, beside the outputs: ``none``, ``hint`` (values), ``attention`` (where they are large), ``relations``
             (of queries, keys and values; without attention, of distances and angles), ``similarity`` (which samples are alike).
@@ -62,7 +63,7 @@ class Distill(Training):
 
     student: str | None = None
     teacher: str | None = None
-    outputs: Literal["auto", "logits", "dist", "dkd", "embedding", "error"] = "auto"
+    outputs: Literal["auto", "logits", "standardized", "dist", "dkd", "embedding", "error"] = "auto"
     temperature: float = Field(default=4.0, gt=0)
     weight: float = Field(default=0.9, ge=0, le=1)
     features: Literal["none", "hint", "attention", "relations", "similarity"] = "none"
@@ -107,7 +108,7 @@ class Distill(Training):
 
     def teacher_of(self, student: Network, task: Task) -> Source:
         """The teacher that was asked for."""
-        taught = task if self.teacher is None else replace(task, model=_model(task, self.teacher, ()))
+        taught = task if self.teacher is None else replace(task, model=_teacher(task, self.teacher))
         alike = self.teacher is None and "student" not in student.origin
         return Source(taught.predict, lambda: capture(taught.model, task.example, more=task.variations()), alike)
 
@@ -137,9 +138,23 @@ class Distill(Training):
             return network
         if self.student in STUDENTS:
             return STUDENTS[self.student](network)
-        made = capture(_model(task, self.student, STUDENTS), task.example, more=task.variations())
+        model = _model(task, self.student, STUDENTS)
+        try:
+            made = capture(model, task.example, more=task.variations())
+        except DownsizeError as error:
+            raise type(error)(f"models[{self.student!r}], the student: {error}") from error
         made.origin["student"] = self.student
         return made
+
+
+def _teacher(task: Task, name: str) -> Any:
+    """A further model of the task, which has been seen to run on the example."""
+    model = _model(task, name, ())
+    try:
+        replace(task, model=model).predict(task.example)
+    except DownsizeError as error:
+        raise type(error)(f"models[{name!r}], the teacher: {error}") from error
+    return model
 
 
 def _model(task: Task, name: str, others: Any) -> Any:

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from ..errors import TaskError
-from ..numerics.distillation import dist, dkd, embedding, relative_error, soft_logits
+from ..numerics.distillation import dist, dkd, embedding, relative_error, soft_logits, standardized
 from ..scores import IGNORED, top1, top5
 from ..structure import Structure, unflatten
 from ..task import Task
 
-Kind = Literal["logits", "dist", "dkd", "embedding", "error"]
-CLASSES = ("logits", "dist", "dkd")
+Kind = Literal["logits", "standardized", "dist", "dkd", "embedding", "error"]
+CLASSES = ("logits", "standardized", "dist", "dkd")
+# Of those that need no labels: (student [..., classes], teacher, temperature) -> loss.
+SCORES = {"logits": soft_logits, "standardized": standardized, "dist": dist}
 # Rows of embeddings have the length 1, but for rounding.
 UNIT = 1e-3
 
@@ -81,7 +83,7 @@ class OutputLoss:
         if kind == "dkd":
             return self._decoupled(student, teacher, right)
         if kind in CLASSES:
-            return (soft_logits if kind == "logits" else dist)(student, teacher, self.temperature)
+            return SCORES[kind](student, teacher, self.temperature)
         return relative_error(student, teacher)
 
     def _decoupled(self, student: Tensor, teacher: Tensor, right: Tensor | None) -> Tensor:
