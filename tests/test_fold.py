@@ -15,7 +15,7 @@ from zoo import floats
 
 from downsize.network.capture import capture
 from downsize.network.cut import cut
-from downsize.network.fold import fold_constants
+from downsize.network.fold import fold_constants, part_constants
 from downsize.network.lineage import Lineage
 from downsize.network.masked import masked
 from downsize.network.network import Network
@@ -120,3 +120,43 @@ def test_weight_normed_networks_can_be_cut_after_folding(name):
     dead = {axis.name: [0] for axis in lineage.axes if axis.units > 1 and axis.exact}
     made, oracle = cut(lineage, dead), masked(lineage, dead)
     torch.testing.assert_close(made.predict(specimen.inputs(3)), oracle.predict(specimen.inputs(3)), rtol=1e-4, atol=1e-5)
+
+
+class Crossed(nn.Module):
+    """Attention whose queries come from elsewhere: torch reads its one projection in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.queries = weight(1, 3, 8)
+        nn.init.normal_(self.attention.in_proj_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(self.queries.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0]
+
+
+def test_projections_that_are_read_in_parts_are_parted():
+    torch.manual_seed(0)
+    model, inputs = Crossed(), floats(5, 8)
+    network = captured(model, inputs(2))
+    whole = network.tensor("attention.in_proj_weight").detach()
+    assert part_constants(network) == 2 and part_constants(network) == 0
+    parts = [network.tensor(f"attention.in_proj_weight_{number}") for number in (0, 1)]
+    assert all(isinstance(part, nn.Parameter) for part in parts) and "attention.in_proj_weight" not in names(network)
+    assert torch.equal(torch.cat([part.detach() for part in parts]), whole)
+    for batch in (1, 3):
+        torch.testing.assert_close(network.predict(inputs(batch)), model(inputs(batch)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("why", ["zeros", "whole"])
+def test_what_must_keep_zeros_or_is_read_as_a_whole_is_not_parted(why):
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        one, two = net.w.split([2, 4])
+        return F.linear(x, one).sum() + F.linear(x, two) + (0 if why == "zeros" else net.w.sum())
+
+    network = captured(Net(forward, w=weight(6, 6)))
+    if why == "zeros":
+        with torch.no_grad():
+            network.tensor("w")[0, 0] = 0
+        network.keep_zeros("w")
+    assert part_constants(network) == 0 and names(network) == {"w"}

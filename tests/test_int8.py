@@ -253,6 +253,31 @@ def test_a_layer_used_at_several_places_is_quantized_once_whatever_the_order_of_
     simulation_equals_artifact(made.quantized, made.path, made.inputs)
 
 
+def computed(net: Any, x: torch.Tensor) -> torch.Tensor:
+    """A weight and a bias that are computed, the bias too large to be stored in the place of what it is made from."""
+    return net.end(F.linear(net.start(x).relu(), net.weight.tanh(), net.bias.repeat(2)).relu())
+
+
+def crossed(net: Any, x: torch.Tensor) -> torch.Tensor:
+    queries, x = net.queries.expand(x.shape[0], -1, -1), net.start(x).unflatten(1, (2, 8))
+    return net.end(net.attention(queries, x, x, need_weights=False)[0].flatten(1))
+
+
+@pytest.mark.parametrize(("forward", "layers"), [(computed, 3), (crossed, 5)])
+def test_weights_that_are_computed_or_read_in_parts_are_quantized_and_computed_biases_stay(forward, layers):
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    nn.init.normal_(attention.in_proj_bias)
+    net = Net(forward, start=nn.Linear(8, 16), attention=attention, end=nn.Linear(16, 4))
+    net.weight, net.bias, net.queries = nn.Parameter(torch.randn(16, 16) / 4), nn.Parameter(3 * torch.randn(8)), nn.Parameter(torch.randn(1, 2, 8))
+    made = int8(net, torch.randn(4, 8))
+    fakes = [node for node in made.quantized.graph.nodes if node.target is FAKE and getattr(node.args[0], "op", "") == "get_attr"]
+    assert len(fakes) == layers
+    simulation_equals_artifact(made.quantized, made.path, made.inputs)
+    expected, got = made.network.predict(made.inputs), made.quantized.predict(made.inputs)
+    assert float((got - expected).norm() / expected.norm()) < 0.1
+
+
 def test_dynamic_quantization_multiplies_in_integers(tmp_path: Path):
     torch.manual_seed(0)
     _, made, path, x = quantized(Attention().eval(), tmp_path, activations="dynamic")

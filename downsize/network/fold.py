@@ -4,13 +4,17 @@
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
+
 import torch
 from torch import Tensor, fx
 
 from .memory import is_written, writes
 from .network import Network
-from .rewrite import add_constant
+from .rewrite import add_constant, aten, only_user
 
+SPLITS = (aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.unbind.int)
 RANDOM = ("rand", "randn", "dropout", "bernoulli", "normal", "uniform")
 
 
@@ -41,6 +45,33 @@ def fold_constants(network: Network) -> int:
     if folded:
         network.recompile()
     return folded
+
+
+def part_constants(network: Network) -> int:
+    """Replace every parameter that is read in parts alone (the projections of an attention whose queries come from elsewhere) by these parts, in
+    place, named ``<name>_<number>``. Returns how many were parted.
+
+    One that must keep zeros stays whole.
+    """
+    read = Counter(str(node.target) for node in network.graph.nodes if node.op == "get_attr")
+    parted = 0
+    for node in [node for node in network.graph.nodes if node.op == "get_attr"]:
+        name, split = str(node.target), only_user(node)
+        if split is None or split.target not in SPLITS or read[name] > 1 or name in network.sparse or is_written(node):
+            continue
+        readers = list(split.users)
+        if any(reader.target is not operator.getitem or is_written(reader) for reader in readers):
+            continue
+        tensor = network.tensor(name)
+        parts = split.target(tensor.detach(), *split.args[1:], **split.kwargs)
+        for reader in readers:
+            part = parts[reader.args[1]].clone()
+            value = torch.nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else part
+            reader.replace_all_uses_with(add_constant(network, f"{name}_{reader.args[1]}", value, node))
+        parted += 1
+    if parted:
+        network.recompile()
+    return parted
 
 
 def _value(network: Network, node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor | None:

@@ -8,8 +8,9 @@ from typing import Literal, cast
 
 from torch import fx
 
+from ..network.fold import fold_constants, part_constants
 from ..network.network import Network
-from ..network.rewrite import aten
+from ..network.rewrite import aten, drop_identities, fold_padding
 from ..numerics.grids import weight_grid
 from ..numerics.lowbit import Levels
 from .bits import FLOAT, Bits
@@ -17,6 +18,16 @@ from .choosing import own
 from .insertion import quantize_activations, quantize_to_levels, quantize_weights
 from .placement import Placement, WeightPoint
 from .ranges import Range
+
+
+def prepared(network: Network) -> Network:
+    """A fork in evaluation mode with plain weights: what is computed (weight norm) is computed once, what is read in parts (attention) is parted."""
+    made = network.fork().eval()
+    fold_constants(made)
+    part_constants(made)
+    drop_identities(made)
+    fold_padding(made)
+    return made
 
 
 @dataclass(frozen=True)

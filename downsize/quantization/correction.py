@@ -24,10 +24,10 @@ def correct_biases(reference: Network, quantized: Network, data: Sequence[list[T
 
     The empirical form, in the network as it runs: while samples pass through, each layer's running mean error is taken off at once, so
     that the layers behind it see corrected inputs. A first round over a few pieces brings all layers near; the means of the second decide.
-    Layers are matched by node name; those whose output has no channel mean (nothing to average) are left.
+    Layers are matched by node name; those whose output has no channel mean (nothing to average), or whose bias is computed, are left.
     """
     running = settle(quantized)
-    names = {node.name: node for node in running.graph.nodes if node.target in WEIGHT_LAYERS and WEIGHT_LAYERS[node.target][2] is not None}
+    names = {node.name: node for node in running.graph.nodes if _has_own_bias(running, node)}
     references = {node.name: node for node in reference.graph.nodes if node.name in names}
     means = _reference_means(reference, list(references.values()), data)
     corrections: dict[str, Tensor] = {}
@@ -45,6 +45,15 @@ def correct_biases(reference: Network, quantized: Network, data: Sequence[list[T
         bias = constant(quantized, argument(node, position, "bias"))
         set_bias(quantized, node, correction if bias is None else bias.detach() + correction, position)
     quantized.recompile()
+
+
+def _has_own_bias(network: Network, node: fx.Node) -> bool:
+    """Whether a node is a layer whose bias can be set: it has a constant one, or none."""
+    position = WEIGHT_LAYERS[node.target][2] if node.target in WEIGHT_LAYERS else None
+    if position is None:
+        return False
+    bias = argument(node, position, "bias")
+    return bias is None or constant(network, bias) is not None
 
 
 def round_biases(network: Network) -> None:

@@ -12,13 +12,13 @@ from torch import fx
 from ..errors import SpecError, TaskError
 from ..network.judge import Judge
 from ..network.network import Network
-from ..network.rewrite import aten, drop_identities, fold_batch_norm, fold_padding
+from ..network.rewrite import aten, fold_batch_norm
 from ..network.statistics import Pieces
 from ..numerics.lowbit import Levels
 from ..pruning.latency_limit import need_clock
 from ..quantization.bits import FLOAT, Bits
 from ..quantization.blocks import compute_in_blocks, has_kernel
-from ..quantization.building import Build
+from ..quantization.building import Build, prepared
 from ..quantization.choosing import TRIAL_PIECES, plain_ranges, ranges_to_try, spread
 from ..quantization.correction import correct_biases, round_biases
 from ..quantization.equalization import equalize
@@ -164,9 +164,7 @@ class Quantize:
             return network.fork()
         if self.latency is not None:
             file_clock(need_clock(task.clock))
-        original = network.fork().eval()
-        drop_identities(original)
-        fold_padding(original)
+        original = prepared(network)
         plain = original.fork()
         fold_batch_norm(plain)
         if self.in_blocks:
@@ -280,7 +278,7 @@ class Quantize:
     def _fitted(self, plain: Network, pieces: tuple[Pieces, Pieces], judge: Judge, bits: Mapping[str, int]) -> Network:
         placement = self._place(plain)
         if not placement.layers and not placement.recurrent:
-            raise TaskError("The network has no convolution or linear layer with a constant weight: there is nothing to quantize.")
+            raise TaskError("The network has no convolution or linear layer with a constant weight, or keep has all: there is nothing to quantize.")
         trials = [self.build(plain, placement, ranges, bits) for ranges in ranges_to_try(plain, placement, self.counts, pieces, self.ranges)]
         loss, best = min(((judge(trial), trial) for trial in trials), key=lambda pair: pair[0])
         solve = self.rounding == "gptq" and self.levels == "uniform"
@@ -340,7 +338,7 @@ class Quantize:
         if bits and not formats:
             return plain
         if not formats:
-            raise TaskError("The network has no convolution, linear layer or table with a constant weight: there is nothing to quantize.")
+            raise TaskError("The network has no convolution, linear layer or table with a constant weight, or keep=... has all: nothing to quantize.")
         plain.origin |= {"bits": bits} if bits else {}
         made = quantize_weight_only(plain, placement, formats, "hqq" if self.rounding == "hqq" else "nearest", None)
         if pieces is None:
