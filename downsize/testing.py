@@ -118,7 +118,7 @@ def simulation_equals_artifact(network: Network, path: str | Path, inputs: Any) 
     """The file at ``path``, written from the quantized ``network``, computes in ONNX Runtime the integers that the network simulates.
 
     Every requantization is compared on its own: the network is walked, and behind each quantizer the file's codes replace the simulated
-    ones, so that a difference counts where it arises. At most 0.5 % of the entries may differ, by one code, and the outputs that then
+    ones, so that a difference counts where it arises. At most 0.5 % of the entries, or one, may differ, by one code, and the outputs that then
     follow from the file's codes may differ by 1e-4 of the largest value. A network without quantizers is compared by its outputs.
 
     Activations that are rounded to 16 bits are compared without that: ONNX Runtime computes in float32. A runtime that does compute in 16 bits
@@ -143,7 +143,9 @@ def simulation_equals_artifact(network: Network, path: str | Path, inputs: Any) 
     rounded_there = _has_float_inputs(network) or (not in_kernels and any(node.target is BLOCKS for node in network.graph.nodes))
     if not rounded_there:
         assert counts.worst <= 1, f"simulation == artifact: {counts.where} differs by {counts.worst} codes; allowed 1."
-        assert off <= CODE_FRACTION, f"simulation == artifact: {off:.2%} of {counts.entries} entries differ by a code; allowed {CODE_FRACTION:.1%}."
+        assert off <= CODE_FRACTION or counts.off <= 1, (
+            f"simulation == artifact: {off:.2%} of {counts.entries} entries differ by a code; allowed {CODE_FRACTION:.1%}."
+        )
     allowed = ROUNDED_THERE if rounded_there else FLOAT_TOLERANCE
     gap = _gap(forced, [torch.from_numpy(output) for output in outputs])
     assert gap <= allowed, f"simulation == artifact: from the same codes outputs differ by {gap:.3g} of the largest value; allowed {allowed:.3g}."
