@@ -37,7 +37,8 @@ class TaskLoss(Objective):
         try:
             value = self.loss(found, batch.targets)
         except Exception as error:
-            raise TaskError(f"the task's loss raised {type(error).__name__}: {error}") from error
+            shapes = unflatten(self.structure, [list(one.shape) for one in outputs])
+            raise TaskError(f"the task's loss raised {type(error).__name__}: {error}; it was given outputs of the shapes {shapes}.") from error
         if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
             came = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) and value.dim() else repr(value)
             raise TaskError(f"the task's loss gave {came}; expected a scalar tensor that depends on the outputs.")
