@@ -12,6 +12,7 @@ import torch
 from digits_task import batches, convolutional, digits, mlp, task_of
 from small_nets import Net, conv
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from zoo import BY_NAME, specimen
 
 import downsize as ds
@@ -25,6 +26,7 @@ from downsize.recipe import Recipe
 from downsize.techniques.quantize import Quantize
 from downsize.techniques.sparsify import Sparsify, split
 from downsize.testing import check_technique, loaded_equals_live, neutral_equals_identity
+from downsize.training.plan import Training
 
 FAST = ("residual", "text")  # of what takes seconds each
 
@@ -275,6 +277,17 @@ def test_sparsegpt_with_polish_is_before_magnitude_and_auto_is_near_dense_on_rea
 
 
 # Refusals --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{}, {"train": Training(steps=2)}], ids=["solved", "trained"])
+def test_weights_that_are_computed_become_sparse(fields):
+    torch.manual_seed(0)
+    model = nn.Sequential(weight_norm(nn.Linear(8, 16)), nn.ReLU(), weight_norm(nn.Linear(16, 4))).eval()
+    network, task = net_task(model, torch.randn(4, 8))
+    made = Sparsify(sparsity=0.5, keep_ends=False, **fields)(network, task)
+    assert set(made.sparse) == {"0.weight", "2.weight"}
+    assert sum(int((made.tensor(name) == 0).sum()) for name in made.sparse) == (8 * 16 + 16 * 4) // 2
+    neutral_equals_identity(network, Sparsify(sparsity=0, keep_ends=False)(network, task), torch.randn(4, 8))
 
 
 def test_what_cannot_be_made_sparse_is_refused():

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from ..errors import SpecError, TaskError
+from ..network.fold import fold_constants
 from ..network.network import Network, batch_of
 from ..network.statistics import Pieces
 from ..numerics.sparsity import Pattern
@@ -94,12 +95,13 @@ class Sparsify:
         made = network.fork().eval()
         if any(node.target in QUANTIZERS for node in made.graph.nodes):
             raise TaskError("The network is quantized already, its weights are on grids: sparsify first, then quantize.")
+        fold_constants(made)
         if self.train:
             return self._trained(made, task, Training() if self.train is True else self.train)
         wanted = self._wanted(made, self._weights(made))
         errors = None
         if self.samples and wanted:
-            errors = Errors(network.fork().eval(), made, split(made, lambda: task.batches("calibrate"), self.samples, self.holdout))
+            errors = Errors(made.fork(), made, split(made, lambda: task.batches("calibrate"), self.samples, self.holdout))
         told: dict[str, Any] = {}
         for weight, one in wanted:
             solved = self._solve(made, weight, one, errors)
