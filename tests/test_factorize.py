@@ -281,6 +281,18 @@ def test_amounts_and_ranks_must_fit():
         Factorize(macs=0.5, what=())
 
 
+def test_what_no_factors_can_lower_is_said_with_its_reason():
+    """Of two samples: 2 filters of 27 weights at 64 places, and a linear layer of 128 x 64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Flatten(), nn.Linear(128, 64)).eval()
+    example = torch.randn(2, 1, 6, 6, 6)
+    network = capture(model, example)
+    layer, whole = 2 * 2 * 27 * 64, 2 * 2 * 27 * 64 + 2 * 128 * 64
+    says = rf"smallest value.*Of all {whole}, {layer} are where no factors can stand \(conv3d: aten.conv3d.default has no factored form here\)"
+    with pytest.raises(AllocationError, match=says):
+        Factorize(macs=0.1)(network, task_of(model, example))
+
+
 def test_what_cannot_be_done_is_said():
     network, task = residual()
     with pytest.raises(CutError, match="factorize first, then quantize"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
-from ..errors import CutError, TaskError
+from ..errors import AllocationError, CutError, TaskError
 from ..network.judge import Judge
 from ..network.network import Network
 from ..pruning.pieces import Data, collected
@@ -21,6 +21,8 @@ from .ladder import Asked, Knowledge, Site, climbed
 from .layers import joined, layers_of, say_as_linear
 from .options import Option, Way, by_error, by_program, by_share, cost_of
 from .rewriting import Product, put
+
+NAMED = 4  # layers that a message names
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,13 @@ def _prepared(network: Network, task: Task, settings: Settings) -> _Work:
     return _Work(plain, sites, left, costs, asked, data, Knowledge(plain, sites, settings.damping, data), whole, most)
 
 
+def _unfactored(work: _Work, rest: float) -> str:
+    """What of the whole amount no factors can lower, and the layers in it that were looked at."""
+    named = [f"{name}: {reason}" for name, reason in list(work.left.items())[:NAMED]]
+    more = f"; and {len(work.left) - NAMED} more" if len(work.left) > NAMED else ""
+    return f"Of all {work.whole:.6g}, {rest:.6g} are where no factors can stand{' (' + '; '.join(named) + more + ')' if named else ''}."
+
+
 def _chosen(work: _Work, settings: Settings) -> tuple[dict[Option, list[Product]], dict[str, str]]:
     """The options taken, without the layers that stay as they are, with what takes these layers' places; and where no factors pay."""
     ways, refused = climbed(work.network, work.known.of(work.sites), work.costs, work.asked, work.data)
@@ -137,7 +146,10 @@ def _chosen(work: _Work, settings: Settings) -> tuple[dict[Option, list[Product]
         taken = by_share(ways, settings.most)
     else:
         rest = work.whole - sum(work.costs.dense(layer) for site in work.sites for layer in site)
-        taken = by_program(ways, settings.amount, work.most, rest)
+        try:
+            taken = by_program(ways, settings.amount, work.most, rest)
+        except AllocationError as error:
+            raise AllocationError(f"{error} {_unfactored(work, rest)}") from error
     return _products(work, [option for option in taken if option.form != "dense"]), refused
 
 
