@@ -100,6 +100,15 @@ def test_zero_vectors():
     assert compare([zero], [one]).relative_error == float("inf")
 
 
+def test_a_single_number_a_sample_is_compared_by_its_size_too():
+    """Its cosine would be 1 wherever the signs agree."""
+    reference, other = np.array([10.0, 10.0, -1.0, 0.0, 0.0, 3.0]), np.array([10.0, 5.0, 1.0, 0.0, 2.0, 3.03])
+    expected = [1, 0.8, -1, 1, 0, 2 * 3 * 3.03 / (9 + 3.03**2)]
+    for shape in ((6,), (6, 1), (6, 1, 1)):
+        assert np.allclose(cosines([reference.reshape(shape)], [other.reshape(shape)]), expected, rtol=1e-12)
+    assert abs(expected[-1] - (1 - 0.01**2 / 2)) < 1e-6
+
+
 def test_unsigned_numbers_do_not_wrap():
     assert compare([np.array([[1, 2]], np.uint8)], [np.array([[2, 1]], np.uint8)]).relative_error == pytest.approx((2 / 5) ** 0.5)
 

@@ -40,16 +40,20 @@ def cosines(reference: Sequence[Any], other: Sequence[Any]) -> np.ndarray:
     A sample's vector is everything the model gives for it: all outputs that share the first output's leading size, joined. Two zero
     vectors have the cosine 1; one zero vector has the cosine 0.
 
+    A single number has no direction but its sign. There it is 2ab / (a² + b²) instead, which is 1 for equal numbers alone, and near there falls with
+    the relative difference as a cosine falls with the angle: 1 - d² / 2.
+
     Raises:
         ArtifactError: the outputs differ in number or shape.
     """
     pairs = _paired(reference, other)
     pairs = [(left, right) for left, right in pairs if len(left) == len(pairs[0][0])]
     dot = np.sum([_inner(left, right) for left, right in pairs], axis=0)
-    product = np.sum([_inner(left, left) for left, _ in pairs], axis=0) * np.sum([_inner(right, right) for _, right in pairs], axis=0)
-    both_zero = ~np.any([left.any(axis=1) | right.any(axis=1) for left, right in pairs], axis=0)
+    mine, theirs = (np.sum([_inner(pair[side], pair[side]) for pair in pairs], axis=0) for side in (0, 1))
     # One root of the product, not a product of roots: then a vector's cosine to itself is exactly 1.
-    return np.where(product > 0, dot / np.sqrt(np.where(product > 0, product, 1)), both_zero)
+    size = (mine + theirs) / 2 if sum(left.shape[1] for left, _ in pairs) == 1 else np.sqrt(mine * theirs)
+    both_zero = ~np.any([left.any(axis=1) | right.any(axis=1) for left, right in pairs], axis=0)
+    return np.where(mine * theirs > 0, dot / np.where(mine * theirs > 0, size, 1), both_zero)
 
 
 def compare(reference: Sequence[Any], other: Sequence[Any]) -> Agreement:
