@@ -109,6 +109,8 @@ def resnet(seed: int) -> Iterator[Row]:
     yield Row("pruned to 0.8, factored to half", lambda: factored, score)
     slow: dict[str, Any] = {"epochs": 4, "rate": 3e-3, "optimizer": "sgd", "warmup": 0.1, "norms": "freeze"}
     yield Row("the same, control: fine-tuned without a teacher", lambda: Finetune(**slow)(factored, task), score)
+    both: dict[str, Any] = {"outputs": "logits", "temperature": 4.0, "weight": 0.5}
+    yield Row("the same, taught by labels and the dense one", lambda: Distill(**slow, **both)(factored, task), score)
     yield Row(
         "the same, taught by the dense one alone", lambda: Distill(**slow, outputs="logits", temperature=2.0, weight=1.0)(factored, task), score
     )
