@@ -149,7 +149,7 @@ def _chosen(work: _Work, settings: Settings) -> tuple[dict[Option, list[Product]
         try:
             taken = by_program(ways, settings.amount, work.most, rest)
         except AllocationError as error:
-            raise AllocationError(f"{error} {_unfactored(work, rest)}") from error
+            raise AllocationError(f"{error} {_unfactored(work, rest)}" if rest else str(error)) from error
     return _products(work, [option for option in taken if option.form != "dense"]), refused
 
 
