@@ -15,6 +15,8 @@ from zoo import BY_NAME, Layer, assert_close, block, captured, images, run, spec
 
 from downsize.errors import ArtifactError
 from downsize.network.capture import capture
+from downsize.network.onnx_file import write
+from downsize.runtimes import open_artifact
 
 NAMES = sorted(BY_NAME)
 
@@ -202,6 +204,44 @@ def test_no_grad_blocks_are_inlined_and_still_stop_gradients():
     assert_close(network(x), model(x))
     gradients = torch.autograd.grad(model(x).square().sum(), model.linear.weight)
     assert_close(torch.autograd.grad(network(x).square().sum(), network.tensor("linear.weight")), gradients)
+
+
+class Masked(nn.Module):
+    """torch's encoder and decoder with masks whose values torch looks at: causal ones, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        length = y.shape[1]
+        sources, causal = (nn.Transformer.generate_square_subsequent_mask(size) for size in (5, length))
+        places = torch.arange(length)
+        other = -0.5 * (places[:, None] - places).abs()
+        return (
+            self.layers(x, y, src_mask=sources, tgt_mask=causal),
+            self.layers(x, y, tgt_mask=causal, tgt_is_causal=True),
+            self.layers(x, y, tgt_mask=other),
+        )
+
+
+def test_masks_of_torchs_transformers_are_followed_by_value(tmp_path):
+    own = nn.modules.transformer._detect_is_causal_mask
+    model = Masked().eval()
+    network = capture(model, (torch.randn(2, 5, 16), torch.randn(2, 6, 16)), more=[(torch.randn(2, 5, 16), torch.randn(2, 4, 16))])
+    assert nn.modules.transformer._detect_is_causal_mask is own
+    write(network, tmp_path / "m.onnx")
+    for length in (6, 3):
+        inputs = torch.randn(3, 5, 16), torch.randn(3, length, 16)
+        with torch.no_grad():
+            expected = model(*inputs)
+        assert_close(network.predict(inputs), expected)
+        for one, other in zip(open_artifact(tmp_path / "m.onnx", "onnxruntime")(inputs), expected, strict=True):
+            torch.testing.assert_close(torch.as_tensor(one), other, rtol=1e-4, atol=1e-5)
+        later = inputs[0], torch.cat([inputs[1][:, :1], torch.randn(3, length - 1, 16)], 1)
+        first = [float((one[:, 0] - other[:, 0]).abs().max()) for one, other in zip(network.predict(later), expected, strict=True)]
+        assert max(first[:2]) < 1e-5 < 1e-2 < first[2]  # where the mask is causal, the first position knows nothing of the others
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

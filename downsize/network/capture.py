@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import ArtifactError, CaptureError, NetworkFileError
 from ..structure import Structure, as_call, flatten
+from .causal import masks_by_value
 from .clean import NOT_THE_USERS, at, drop_assertions, drop_state, functionalize, inline_contexts, shorten_metadata, spell_padding
 from .memory import drop_dead
 from .network import Network
@@ -217,7 +218,7 @@ def _export(model: torch.nn.Module, call: Any, dynamic: dict[int, dict[int, str]
         open_shapes[tensor] = {d: Dim.AUTO for d in dynamic[leaf]}  # type: ignore[assignment]
     flat = _Flat(model, kwargs)
     try:
-        with quiet():
+        with quiet(), masks_by_value():
             return export(flat, args, kwargs, dynamic_shapes=open_shapes.dynamic_shapes(flat, args, kwargs), strict=False)
     except Exception as error:
         raise CaptureError(_explain(error)) from error
