@@ -24,16 +24,15 @@ def sensitivity(what: str, by: By = "loss", progress: Progress | None = None) ->
     if Path(what).suffix != ".py":
         raise TaskError(f"{what} brings no data to measure losses on; give the task file: downsize inspect TASK.py --sensitivity.")
     from .network.capture import capture
-    from .network.rewrite import drop_identities, fold_batch_norm, fold_padding
+    from .network.rewrite import fold_batch_norm
     from .network.statistics import Pieces
+    from .quantization.building import prepared
     from .quantization.diagnosis import diagnose
     from .quantization.weight_only import Data
     from .task import load_task
 
     task = load_task(what)
-    network = capture(task.model, task.example, more=task.variations()).eval()
-    drop_identities(network)
-    fold_padding(network)
+    network = prepared(capture(task.model, task.example, more=task.variations()))
     fold_batch_norm(network)
     pieces = Pieces.of(network, task.batches("calibrate"), SAMPLES)
     fit, held = pieces.parted(max(2, len(pieces) // HELD)) if len(pieces) > 1 else (pieces, pieces)

@@ -141,6 +141,31 @@ def test_a_transformer_with_few_bits_is_compensated_in_the_layers_asked_for():
     assert judge(made) < judge(start)
 
 
+class Crossed(nn.Module):
+    """Weights that are computed, and read in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(24, 4, batch_first=True)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(24, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.normed(self.attention(x, x[:, :2], x[:, :2], need_weights=False)[0])
+
+
+def test_layers_whose_weights_were_computed_or_parted_are_compensated_too():
+    batches = [mixed(64, seed).reshape(16, 4, 24) for seed in range(8)]
+    task = task_of(Crossed().eval(), batches)
+    network = capture(task.model, task.example)
+    assert not Compensate(rank=4)(network, task).origin["compensated"]["layers"]
+    start = COARSE(network, task)
+    made = Compensate(rank=4)(start, task)
+    assert len(made.origin["compensated"]["layers"]) == 5  # of queries, keys, values, outputs, and the normed one
+    held = mixed(64, 9).reshape(16, 4, 24)
+    assert error(made, task, held) < 0.9 * error(start, task, held)
+
+
 def test_what_it_cannot_do_is_refused():
     task, network = dense_task()
     with pytest.raises(TaskError, match="quantized activations"):

@@ -15,10 +15,11 @@ from ..network.capture import capture
 from ..network.columns import MATRIX_LAYERS
 from ..network.judge import Judge
 from ..network.network import Network
-from ..network.rewrite import aten, drop_identities, fold_batch_norm, fold_padding
+from ..network.rewrite import aten, fold_batch_norm
 from ..progress import Progress
 from ..pruning.pieces import collected
 from ..pruning.structure import QUANTIZERS
+from ..quantization.building import prepared
 from ..quantization.insertion import settle
 from ..quantization.keeping import is_named
 from ..spec import frozen
@@ -85,9 +86,7 @@ class Compensate:
 
     def _original(self, network: Network, task: Task) -> Network:
         """The original in the network's form: batch norms folded where the network has none."""
-        made = capture(task.model, task.example, more=task.variations()).fork().eval()
-        drop_identities(made)
-        fold_padding(made)
+        made = prepared(capture(task.model, task.example, more=task.variations()))
         left, all_norms = _norms(network), _norms(made)
         if all_norms - left and left:
             raise TaskError(
