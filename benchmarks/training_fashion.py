@@ -131,6 +131,8 @@ def student(seed: int) -> Iterator[Row]:
     yield Row("student, logits", lambda: Distill(**plan, **logits)(start, task), score)
     standardized: dict[str, Any] = {"outputs": "standardized", "temperature": 2.0, "weight": 0.9}
     yield Row("student, standardized logits", lambda: Distill(**plan, **standardized)(start, task), score)
+    inner: dict[str, Any] = {"features": "similarity", "feature_weight": 0.3}
+    yield Row("student, standardized logits and similarities inside", lambda: Distill(**plan, **standardized, **inner)(start, task), score)
 
 
 def lenet5(seed: int) -> Iterator[Row]:
