@@ -14,7 +14,7 @@ from zoo import images, specimen, tokens
 from downsize.errors import TaskError
 from downsize.network.capture import capture
 from downsize.network.network import Network
-from downsize.numerics.distillation import attention_maps, dkd, embedding, relations, relative_error, similarity_preserving, soft_logits
+from downsize.numerics.distillation import attention_maps, dkd, embedding, relations, relative_error, similarity_preserving, soft_logits, standardized
 from downsize.scores import top1
 from downsize.structure import flatten
 from downsize.task import Task
@@ -153,6 +153,12 @@ def test_the_output_called_logits_is_the_main_one():
     loss, mine, theirs, _ = loss_of(Distill(weight=1.0), capture(models[1], torch.zeros(2, 6)), task_of(models[0], data(), score=top1))
     expected = (relative_error(mine[0], theirs[0]) + soft_logits(mine[1], theirs[1])) / 2
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_standardized_scores_are_compared_at_the_temperature():
+    task = task_of(classifier(), data(), score=top1)
+    loss, (out,), (teacher,), _ = loss_of(Distill(outputs="standardized", temperature=3.0, weight=1.0), STUDENT, task)
+    assert float(loss.detach()) == pytest.approx(float(standardized(out, teacher, 3.0).detach()), rel=1e-5)
 
 
 def test_dkd_takes_labels_or_else_the_teachers_choice():

@@ -45,6 +45,15 @@ def test_a_translation_of_one_file_is_not_in_the_next(tmp_path):
         torch.testing.assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), model(x), rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_added_to_one_table_is_not_in_the_next():
+    target = torch.ops.aten.relu.default
+    with translations.read_once():
+        one, other = (ONNXRegistry.from_torchlib() for _ in range(2))
+    known = len(other.get_decomps(target))
+    one.register_op(target, lambda x: x)
+    assert len(one.get_decomps(target)) == known + 1 and len(other.get_decomps(target)) == known > 0
+
+
 def test_torchs_own_exporter_is_as_before_also_after_an_error(tmp_path, monkeypatch):
     own = vars(ONNXRegistry)["from_torchlib"]
     with translations.read_once():
