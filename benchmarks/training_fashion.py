@@ -104,7 +104,7 @@ def resnet(seed: int) -> Iterator[Row]:
     yield Row("control: fine-tuned without a teacher", lambda: Finetune(**plan)(pruned, task), score)
     yield Row("distilled from the dense one", lambda: Distill(**plan, outputs="logits", temperature=4.0, weight=0.9)(pruned, task), score)
     # Not clipped, as below: the control, too.
-    free = plan | {"clip": None}
+    free: dict[str, Any] = plan | {"clip": None}
     standardized: dict[str, Any] = {"outputs": "standardized", "temperature": 2.0, "weight": 0.9}
     yield Row("distilled, standardized logits, gradients not clipped", lambda: Distill(**free, **standardized)(pruned, task), score)
     yield Row("control, gradients not clipped", lambda: Finetune(**free)(pruned, task), score)
