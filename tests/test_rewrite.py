@@ -97,7 +97,7 @@ def test_a_shared_convolution_gets_a_weight_for_each_norm():
             self.conv, self.one, self.two = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.two(self.conv(self.one(self.conv(x)))) + self.conv(x)
+            return self.two(self.conv(self.one(self.conv(x)))) + self.conv(x.flip(3))
 
     x = torch.randn(2, 3, 6, 6)
     network, folded = networks(Shared(), x)

@@ -25,6 +25,7 @@ from .operators import allowed
 from .parts import Port, assign, legal_name
 from .proof import check_equal
 from .quiet import quiet
+from .repeats import merge_repeats
 
 BATCH = "batch"
 WRAPPED = "downsize_model"
@@ -269,6 +270,7 @@ def _network(program: ExportedProgram, call: Any, outputs: Structure, dynamic: d
     drop_dead(graph)
     functionalize(graph)
     drop_state(graph)
+    merge_repeats(graph)
     ports = _ports(placeholders, examples, dynamic)
     shorten_metadata(graph, WRAPPED)
     made = fx.GraphModule(_root(module, graph), _plain(graph))

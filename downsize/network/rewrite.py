@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from .memory import is_written
 from .network import Network
 from .parts import assign
+from .repeats import merge_repeats
 from .statistics import shapes
 
 aten = torch.ops.aten
@@ -108,7 +109,7 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 
 def drop_identities(network: Network) -> None:
-    """Remove dropout that is switched off, and other operators that hand their input on."""
+    """Remove dropout that is switched off, and other operators that hand their input on; calls that are equal without them become one."""
     for node in list(network.graph.nodes):
         if node.op != "call_function" or node.target not in IDENTITIES:
             continue
@@ -117,6 +118,7 @@ def drop_identities(network: Network) -> None:
         if not switched_on and not is_written(node) and not is_written(node.args[0]):
             node.replace_all_uses_with(node.args[0])
             network.graph.erase_node(node)
+    merge_repeats(network.graph)
     network.recompile()
 
 
