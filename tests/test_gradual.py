@@ -46,6 +46,12 @@ def network_and_task() -> tuple[Network, ds.Task]:
     return ds.capture(mlp(), digits()[0][:2]), dataclasses.replace(task, data=data)
 
 
+def unjudged() -> tuple[Network, ds.Task]:
+    """Without data for "validate" the trained network is the result, whatever the closed form reaches."""
+    network, task = network_and_task()
+    return network, dataclasses.replace(task, data={role: data for role, data in task.data.items() if role != "validate"})
+
+
 def accuracy(network: Network) -> float:
     return sum(int((network.predict(x).argmax(1) == y).sum()) for x, y in batches(1400, 1797)) / 397
 
@@ -176,7 +182,7 @@ def test_what_grows_begins_at_zero():
 
 @pytest.mark.parametrize("growth", GROWTHS)
 def test_zeros_from_before_never_become_weights(growth: str):
-    network, task = network_and_task()
+    network, task = unjudged()
     sparse = Sparsify(sparsity=0.6, samples=0, keep_ends=False)(network, task)
     made = Sparsify(sparsity=0.85, keep_ends=False, train=SHORT, growth=growth, interval=3)(sparse, task)  # type: ignore[arg-type]
     before, after = patterns(sparse), patterns(made)
@@ -190,7 +196,7 @@ def test_zeros_from_before_never_become_weights(growth: str):
 
 @pytest.mark.parametrize("growth", GROWTHS)
 def test_trained_sparsity_is_the_asked_one_and_obeys_the_laws(growth: Any):
-    network, task = network_and_task()
+    network, task = unjudged()
     before = network.fingerprint()
     made = check_technique(Sparsify(sparsity=0.9, keep_ends=False, train=SHORT, growth=growth, interval=5), network, task)
     assert network.fingerprint() == before
@@ -203,7 +209,7 @@ def test_trained_sparsity_is_the_asked_one_and_obeys_the_laws(growth: Any):
 @pytest.mark.parametrize("growth", GROWTHS)
 def test_training_gives_back_what_magnitude_alone_loses(growth: Any):
     """At 96 % zeros of real digits; oracle: the same zeros without training, which right one in four."""
-    network, task = network_and_task()
+    network, task = unjudged()
     plain = Sparsify(sparsity=0.96, keep_ends=False, samples=0)(network, task)
     plan = Finetune(epochs=20, rate=5e-3)
     trained = Sparsify(sparsity=0.96, keep_ends=False, train=plan, growth=growth, interval=10)(network, task)
@@ -212,7 +218,7 @@ def test_training_gives_back_what_magnitude_alone_loses(growth: Any):
 
 @pytest.mark.parametrize("growth", ["none", "shadow"])
 def test_a_pattern_is_there_from_the_first_step_and_stays(growth: Any):
-    network, task = network_and_task()
+    network, task = unjudged()
     made = Sparsify(pattern="2:4", keep_ends=False, train=SHORT, growth=growth, interval=5)(network, task)
     for name in made.sparse:
         runs = (made.tensor(name).detach() != 0).unflatten(1, (-1, 4)).sum(2)
@@ -223,13 +229,13 @@ def test_a_pattern_is_there_from_the_first_step_and_stays(growth: Any):
 
 
 def test_nothing_to_make_zero_is_the_identity():
-    network, task = network_and_task()
+    network, task = unjudged()
     neutral_equals_identity(network, Sparsify(sparsity=0.0, keep_ends=False, train=SHORT)(network, task), digits()[0][:5], tolerance=0.0)
 
 
 def test_no_steps_is_magnitude():
     """Oracle: without training it is what magnitude alone makes."""
-    network, task = network_and_task()
+    network, task = unjudged()
     for growth in GROWTHS:
         made = Sparsify(sparsity=0.9, keep_ends=False, train=Training(steps=0), growth=growth)(network, task)  # type: ignore[arg-type]
         plain = Sparsify(sparsity=0.9, keep_ends=False, samples=0)(network, task)
@@ -238,7 +244,7 @@ def test_no_steps_is_magnitude():
 
 @pytest.mark.parametrize("plan", [Training(steps=24, average=0.9), Training(steps=24, optimizer="sgd", rate=0.02, decay=1e-3), Distill(steps=24)])
 def test_averages_momentum_decay_and_distillation_revive_nothing(plan: Training):
-    network, task = network_and_task()
+    network, task = unjudged()
     made = Sparsify(sparsity=0.9, keep_ends=False, train=plan, growth="gradient", interval=4)(network, task)
     assert sum(made.sparse.values()) <= 0.1 * sum(made.tensor(name).numel() for name in made.sparse) + 2
     again = Finetune(steps=10, optimizer="sgd", rate=0.02)(made, task)
@@ -290,3 +296,12 @@ def test_resumed_equals_uninterrupted(growth: str, stop: int, tmp_path: Path):
 def test_wrong_fields_are_refused(fields: dict[str, Any], says: str):
     with pytest.raises(SpecError, match=says):
         Sparsify(**fields)
+
+
+@pytest.mark.parametrize(("steps", "turns"), [(0, []), (10, [0, 1, 2, 3, 4, 5, 6, 7]), (1000, [0, 7, 14, 21, 28]), (20_000, [0, 50, 100, 150])])
+def test_without_an_interval_masks_change_some_hundred_times_and_more_in_a_long_training(steps: int, turns: list[int]):
+    network, _ = network_and_task()
+    hook = Gradual(network.fork(), weights_of(network), lambda *_: [], 0.5)
+    found = [step for step in range(steps) if hook._turn(Learner(network, {}, steps, step=step))]
+    assert found[: len(turns)] == turns and (not steps or found[-1] == int(0.7 * steps))
+    assert steps < 1000 or len(found) > 100

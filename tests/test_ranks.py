@@ -119,6 +119,7 @@ def test_stopped_it_goes_on_to_the_same_bits_and_another_amount_is_another_train
 
 def test_learned_factors_are_quantized_like_any_layers(tmp_path):
     task = task_of(noisy())
+    task = replace(task, data={role: data for role, data in task.data.items() if role != "validate"})  # else the factors solved for might win
     recipe = Recipe.parse("factorize(parameters=0.7, multiple=1, train=finetune(steps=10)) | quantize()", TECHNIQUES)
     assert recipe == Recipe.parse(str(recipe), TECHNIQUES) == Recipe.from_yaml(recipe.to_yaml(), TECHNIQUES)
     made = network_of(task)

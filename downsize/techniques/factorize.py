@@ -14,6 +14,7 @@ from ..factoring.rewriting import put
 from ..network.network import Network
 from ..spec import frozen
 from ..task import Task
+from ..training.choosing import better
 from ..training.plan import Training
 from ..training.ranks import LearnedRanks
 
@@ -47,7 +48,8 @@ class Factorize:
         damping: of the Gram matrices, as a share of their mean diagonal.
         train: learn forms and ranks while the network trains as the plan says (true: imitate the original model): in the first part of the steps,
             ``learned``, layers stay whole and are drawn towards the factors nearest to them, which are chosen anew every while, all under the
-            amount; in the rest the factors themselves train. ``refit`` and ``samples`` then mean nothing, batch norms are kept.
+            amount; in the rest the factors themselves train. Batch norms are kept. Where a short training ends below the factors solved for,
+            and there is data for "validate" to show it, these are kept.
 
     Layers whose weight others read in another way, is sparse or is computed stay as they are; ``origin["factorized"]`` says which, and why.
 
@@ -93,7 +95,8 @@ class Factorize:
             CutError: the network is quantized.
         """
         if self.train:
-            return self._trained(network, task, Training() if self.train is True else self.train)
+            trained = self._trained(network, task, Training() if self.train is True else self.train)
+            return better(task, trained, lambda: factorize(network, task, self.settings()))
         return factorize(network, task, self.settings())
 
     def _trained(self, network: Network, task: Task, plan: Training) -> Network:

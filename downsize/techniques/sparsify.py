@@ -20,6 +20,7 @@ from ..pruning.sparsifying import Solved, Wanted, by_magnitude, solve, spread
 from ..pruning.weights import Errors, Weight, can_unfold, ends, replace_weight, weights_of
 from ..spec import frozen
 from ..task import Task
+from ..training.choosing import better
 from ..training.gradual import Gradual
 from ..training.plan import Training
 
@@ -50,10 +51,12 @@ class Sparsify:
         samples: calibration samples used at most; 0: use no data, go by magnitude. ``holdout``: of so many, how many are held back.
         keep_ends: leave out the first and the last layer, which lose most.
         train: make the zeros while training, as the plan says (true: imitate the original model), instead of solving for them; magnitude
-            decides, more and more weights go. Reaches much more than solving does, ``train=distill(epochs=5)``.
+            decides, more and more weights go. Reaches much more than solving does, ``train=distill(epochs=5)``; where a short training
+            does not, and there is data for "validate" to show it, the solved zeros are kept.
         growth: with ``train``: ``none``: what went is gone; ``shadow``: masked weights are trained on beside the others and come back where
             they become larger; ``gradient``: all zeros at once, then every while the smallest weights make way for those with the largest
-            gradients. ``until``: behind this share of the training the zeros stay where they are. ``interval``: steps between changes.
+            gradients. ``until``: behind this share of the training the zeros stay where they are. ``interval``: steps between
+            changes; by default a hundredth of the steps in which there are any, at most 50.
 
     Example: ``sparsify(sparsity=0.8)``.
     """
@@ -69,7 +72,7 @@ class Sparsify:
     train: bool | Training = False
     growth: Literal["none", "shadow", "gradient"] = "none"
     until: float = Field(default=0.7, ge=0, lt=1)
-    interval: int = Field(default=50, ge=1)
+    interval: int | None = Field(default=None, ge=1)
 
     def __post_init__(self) -> None:
         if self.pattern is not None:
@@ -97,7 +100,8 @@ class Sparsify:
             raise TaskError("The network is quantized already, its weights are on grids: sparsify first, then quantize.")
         fold_constants(made)
         if self.train:
-            return self._trained(made, task, Training() if self.train is True else self.train)
+            trained = self._trained(made, task, Training() if self.train is True else self.train)
+            return better(task, trained, lambda: replace(self, train=False, growth="none")(network, task))
         wanted = self._wanted(made, self._weights(made))
         errors = None
         if self.samples and wanted:

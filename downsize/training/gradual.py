@@ -18,6 +18,8 @@ from ..pruning.weights import Weight
 from .hook import Hook, Learner
 from .regrowth import moving, regrown
 
+CHANGES, LONGEST = 100, 50  # of masks in a training at least, where it has as many steps; steps between two of them at most
+
 # From the weights as matrices, and the share of them that stays, to how many stay in each.
 Counts = Callable[[Sequence[Tensor], float], list[int]]
 
@@ -48,8 +50,9 @@ class Gradual(Hook):
 
     ``growth``: ``none``: weights go and never come back. ``shadow``: the masked weights are trained as if they were there, and whichever are
     the largest count (Guo et al. 2016). ``gradient``: all zeros at once, then their places move (see :func:`~.regrowth.regrown`).
-    Masks change in the steps that ``interval`` divides, until the share ``until`` of the training is done, then never again. Zeros that the
-    network had to keep before are never weights.
+    Masks change in the steps that ``interval`` divides, until the share ``until`` of the training is done, then never again; without an
+    interval some hundred times, as a short training in which many weights go at once recovers little. Zeros that the network had to keep
+    before are never weights.
 
     Args:
         network: its graph is edited here, before training.
@@ -68,7 +71,7 @@ class Gradual(Hook):
         pattern: Pattern | None = None,
         growth: str = "none",
         until: float = 0.7,
-        interval: int = 50,
+        interval: int | None = None,
     ) -> None:
         self.weights, self.counts, self.sparsity, self.pattern = tuple(weights), counts, sparsity, pattern
         self.growth, self.until, self.interval = growth, until, interval
@@ -124,7 +127,9 @@ class Gradual(Hook):
         return int(self.until * learner.steps)
 
     def _turn(self, learner: Learner) -> bool:
-        return learner.step == self._end(learner) or (learner.step < self._end(learner) and learner.step % self.interval == 0)
+        end = self._end(learner)
+        interval = self.interval or max(1, min(LONGEST, end // CHANGES))
+        return learner.step == end or (learner.step < end and learner.step % interval == 0)
 
     def _progress(self, learner: Learner) -> float:
         return learner.step / max(1, self._end(learner)) if self._end(learner) else 1.0
