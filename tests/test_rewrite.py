@@ -356,7 +356,7 @@ def test_setting_a_bias():
             self.linear = nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.linear(x) + F.linear(x, self.linear.weight) + self.linear(x)
+            return self.linear(x) + F.linear(x, self.linear.weight) + self.linear(-x)
 
     x = torch.randn(3, 4)
     network, edited = networks(Twice(), x)
