@@ -4,7 +4,9 @@ A *structure* is plain JSON, so that it travels in a saved Network and in the me
 outputs in the shape the original model gave them, without importing torch:
 
     {"kind": "tensor"}  ·  {"kind": "constant", "value": 3}  ·  {"kind": "tuple" | "list", "items": [...]}
-    {"kind": "dict", "keys": [...], "items": [...]}
+    {"kind": "dict" | "named", "keys": [...], "items": [...]}
+
+"named" is a tuple whose items have names too (NamedTuple, namedtuple); its own class stays with the model.
 
 >>> leaves, structure = flatten({"a": 1, "b": (None, 2.5)}, is_tensor=lambda leaf: isinstance(leaf, float))
 >>> leaves
@@ -15,6 +17,8 @@ outputs in the shape the original model gave them, without importing torch:
 
 from __future__ import annotations
 
+import collections
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,6 +31,17 @@ CONSTANTS = (bool, int, float, str, type(None))
 def looks_like_tensor(leaf: object) -> bool:
     """Whether a leaf is an array of any library (numpy, torch): it has a shape and a dtype."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def is_named(value: object) -> bool:
+    """Whether a value is a tuple whose items have names."""
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+@functools.cache
+def _named(keys: tuple[str, ...]) -> Any:
+    # ``rename``: names from a file of anywhere may be none.
+    return collections.namedtuple("Outputs", keys, rename=True)
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -55,6 +70,8 @@ def flatten(tree: Any, is_tensor: Callable[[object], bool] = looks_like_tensor) 
             if not all(isinstance(key, str) for key in keys):
                 raise ArtifactError(f"{path or 'the value'} is a dict with keys {keys}; only text keys can be saved: rename them.")
             return {"kind": "dict", "keys": keys, "items": [visit(node[key], f"{path}[{key!r}]") for key in keys]}
+        if is_named(node):
+            return {"kind": "named", "keys": list(node._fields), "items": [visit(getattr(node, key), f"{path}.{key}") for key in node._fields]}
         if isinstance(node, (tuple, list)):
             kind = "list" if isinstance(node, list) else "tuple"
             return {"kind": kind, "items": [visit(item, f"{path}[{i}]") for i, item in enumerate(node)]}
@@ -81,6 +98,8 @@ def unflatten(structure: Structure, leaves: list[Any]) -> Any:
         items = [build(item) for item in node["items"]]
         if kind == "dict":
             return dict(zip(node["keys"], items, strict=True))
+        if kind == "named":
+            return _named(tuple(node["keys"]))(*items)
         return tuple(items) if kind == "tuple" else items
 
     return build(structure)

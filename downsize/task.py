@@ -18,7 +18,7 @@ from .errors import DownsizeError, TaskError, nearest
 from .inputs import describe, named, refuse_not_finite, refuse_unlike, same, tensors_like
 from .numerics.agreement import as_array, count_not_finite
 from .scores import Score, evaluate
-from .structure import CONSTANTS, as_call, flatten, looks_like_tensor, unflatten
+from .structure import CONSTANTS, as_call, flatten, is_named, looks_like_tensor, unflatten
 
 if TYPE_CHECKING:
     import torch
@@ -195,7 +195,8 @@ def plain(outputs: Any) -> Any:
         if isinstance(node, Mapping):
             return {str(key): visit(value, f"{path}[{key!r}]") for key, value in node.items() if value is not None}
         if isinstance(node, (tuple, list)):
-            return (list if isinstance(node, list) else tuple)(visit(item, f"{path}[{i}]") for i, item in enumerate(node))
+            items = [visit(item, f"{path}[{i}]") for i, item in enumerate(node)]
+            return items if isinstance(node, list) else type(node)(*items) if is_named(node) else tuple(items)
         if looks_like_tensor(node) or isinstance(node, CONSTANTS):
             return node
         raise TaskError(

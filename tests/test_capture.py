@@ -154,7 +154,9 @@ def test_containers_in_and_out():
     pair = collections.namedtuple("pair", "one two")
     x = torch.randn(2, 4)
     network = captured(lambda self, p, q: pair(self.linear(p.one) + p.two, [q[0] * 2]), (pair(x, x), [x]))
-    one, two = network((x, x), [x])
+    result = network((x, x), [x])
+    one, two = result
+    assert result._fields == ("one", "two")
     assert one.shape == (2, 4) and isinstance(two, list) and torch.equal(two[0], x * 2)
 
 

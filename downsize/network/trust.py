@@ -29,7 +29,6 @@ LARGEST_INTEGER_BITS = 1024
 # No tensor at the example's sizes is larger (4 GiB), and no operator gives more of them.
 LARGEST_TENSOR_BYTES = 2**32
 MOST_TENSORS = 2**16
-FIELDS = {"tensor": (), "constant": ("value",), "tuple": ("items",), "list": ("items",), "dict": ("items", "keys")}
 _GROUPED = (torch.ops.downsize.fake_quantize_groups.default, torch.ops.downsize.fake_quantize_levels.default)
 _NUMBERS = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 _NODE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -100,6 +99,7 @@ def _count_tensors(node: Any) -> int:
         "tuple": {"kind", "items"},
         "list": {"kind", "items"},
         "dict": {"kind", "items", "keys"},
+        "named": {"kind", "items", "keys"},
     }
     if not isinstance(kind, str) or set(node) != fields.get(kind):
         raise NetworkFileError(f"a structure reads {node!r}: the file is damaged.")
@@ -109,7 +109,7 @@ def _count_tensors(node: Any) -> int:
         return int(kind == "tensor")
     items, keys = node["items"], node.get("keys", [])
     texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
-    if not isinstance(items, list) or not texts or (kind == "dict" and not len(keys) == len(set(keys)) == len(items)):
+    if not isinstance(items, list) or not texts or (kind in ("dict", "named") and not len(keys) == len(set(keys)) == len(items)):
         raise NetworkFileError(f"a structure reads {node!r}: the file is damaged.")
     return sum(_count_tensors(item) for item in items)
 

@@ -182,6 +182,7 @@ def _count_tensors(node: Structure) -> int:
         return 1
     if kind == "constant" and isinstance(node["value"], (bool, int, float, str, type(None))):
         return 0
-    if kind not in ("tuple", "list", "dict") or (kind == "dict" and len(set(node["keys"])) != len(node["items"])):
+    named = kind in ("dict", "named")
+    if not (named or kind in ("tuple", "list")) or (named and len(set(node["keys"])) != len(node["items"])):
         raise ValueError(f"unknown structure {kind!r}")
     return sum(map(_count_tensors, node["items"]))
