@@ -97,6 +97,13 @@ def test_a_limit_in_bytes_and_one_that_cannot_be_reached() -> None:
     assert made_of(model, widths=(4, 8), size=least + 1e-3).origin["bits"]
 
 
+def test_weights_too_small_to_be_packed_are_told() -> None:
+    # 24 x 24 codes of 4 bits save 288 bytes, what decodes them takes 600.
+    layers = [nn.Flatten(), nn.Linear(3 * 144, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 10)]
+    with pytest.raises(AllocationError, match=r"\(2 of 3 weights are too small: what decodes them takes more than is saved\)"):
+        made_of(nn.Sequential(*layers), widths=(4, 8), size=0.1)
+
+
 def test_bit_operations_are_those_of_the_layers() -> None:
     # Oracle: the formula. Output positions x weights x bits of the weight x 8.
     model = Net(lambda net, x: net.b(torch.relu(net.a(x))).mean((2, 3)), a=conv(3, 8), b=conv(8, 16))

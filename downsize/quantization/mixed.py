@@ -201,7 +201,9 @@ def _budgets(network: Network, points: Sequence[WeightPoint], ways: Ways, amount
             [stored_bytes(*shape, wanted and format_at(point, wanted)) for wanted in ways.values()]
             for point, shape in zip(points, shapes, strict=True)
         ]
-        found.append(_reachable(Budget("size", amount.bytes, costs), bytes_at_8_bits(network, points), show_size))
+        small = sum(min(one) >= stored_bytes(*shape, Format(8)) for one, shape in zip(costs, shapes, strict=True))
+        why = f" ({small} of {len(points)} weights are too small: what decodes them takes more than is saved)" if small else ""
+        found.append(_reachable(Budget("size", amount.bytes, costs), bytes_at_8_bits(network, points), show_size, why))
     if amount.operations is not None:
         each = [amount.per_bit.get(name, 0.0) for name in names]
         costs = [[amount.in_float.get(name, 0.0) if bits == FLOAT else one * bits for bits in ways] for name, one in zip(names, each, strict=True)]
@@ -209,12 +211,12 @@ def _budgets(network: Network, points: Sequence[WeightPoint], ways: Ways, amount
     return found
 
 
-def _reachable(budget: Budget, at_8_bits: float, show: Callable[..., str]) -> Budget:
+def _reachable(budget: Budget, at_8_bits: float, show: Callable[..., str], why: str = "") -> Budget:
     least = sum(min(costs) for costs in budget.costs)
     if least > budget.most:
         raise AllocationError(
             f"quantize: {budget.name} of at most {show(budget.most, up=False)} cannot be reached: with the fewest bits of widths all weights take "
-            f"{show(least, up=True)}, {least / max(at_8_bits, 1e-30):.3f} of what they take at 8 bits; allow more, or fewer bits."
+            f"{show(least, up=True)}, {least / max(at_8_bits, 1e-30):.3f} of what they take at 8 bits{why}; allow more, or fewer bits."
         )
     return budget
 
