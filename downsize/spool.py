@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .errors import MeasureError
-from .structure import looks_like_tensor
+from .structure import is_named, looks_like_tensor
 
 SMALL = 1 << 14  # tensors of at most this many bytes stay in memory
 ALIGNMENT = 64
@@ -24,7 +24,8 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {key: tree_map(function, value) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return (list if isinstance(tree, list) else tuple)(tree_map(function, item) for item in tree)
+        items = [tree_map(function, item) for item in tree]
+        return items if isinstance(tree, list) else type(tree)(*items) if is_named(tree) else tuple(items)
     return function(tree)
 
 

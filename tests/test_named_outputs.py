@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from zoo import assert_close
 
+import downsize as ds
 from downsize.errors import ArtifactError, NetworkFileError
 from downsize.network.capture import capture
 from downsize.network.network import Network
 from downsize.network.trust import check_structure
 from downsize.recipe import Recipe
 from downsize.runtimes import RUNTIMES, open_artifact
+from downsize.spool import Spool
 from downsize.structure import flatten, unflatten
 from downsize.task import Task
 
@@ -85,6 +87,20 @@ def test_a_loss_and_a_score_read_names():
     for step in Recipe.parse("finetune(epochs=10)"):
         network = step(network, task)
     assert score(network.predict, task.batches("validate")) > before
+
+
+def test_data_on_disk_keeps_names():
+    spool = Spool()
+    spool.append((Pair(torch.zeros(2), torch.ones(3)), [1]))
+    pair, rest = spool[0]
+    assert isinstance(pair, Pair) and pair.right.tolist() == [1, 1, 1] and rest == [1]
+
+
+@pytest.mark.slow
+def test_a_run_from_the_task_to_the_verdict(tmp_path):
+    _, task = detector()
+    result = ds.run(task, "finetune(epochs=1) | quantize()", ds.Target(drop=1.0), into=tmp_path)
+    assert result.verdict.met and result.artifact.path.exists()
 
 
 def test_names_of_a_forged_file_are_never_code():
