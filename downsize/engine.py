@@ -259,7 +259,9 @@ class Run:
                 raise
             written = _bytes_under(temporary)
             shutil.rmtree(temporary, ignore_errors=True) if temporary != self.folder else None
-            raise RunError(_space_message(self.folder, max(needs, written + 1), shutil.disk_usage(self.folder).free)) from error
+            free = shutil.disk_usage(self.folder).free
+            # What did not fit may have been something else than the step's own files (a checkpoint): what is free now was too little for it.
+            raise RunError(_space_message(self.folder, max(needs, written + 1, free + 1), free)) from error
 
 
 def _space_message(folder: Path, needs: int, free: int) -> str:
