@@ -92,7 +92,7 @@ def test_a_loss_and_a_score_read_names():
 def test_data_on_disk_keeps_names():
     spool = Spool()
     spool.append((Pair(torch.zeros(2), torch.ones(3)), [1]))
-    pair, rest = spool[0]
+    pair, rest = spool.read(0)
     assert isinstance(pair, Pair) and pair.right.tolist() == [1, 1, 1] and rest == [1]
 
 
