@@ -33,7 +33,7 @@ from downsize.structure import flatten
 from downsize.task import Task
 
 KINDS = ("linear", "conv", "embedding")
-FORMS = ("channel", "spatial", "tucker", "separable", "cp")
+FORMS = ("channel", "spatial", "tucker", "separable", "tensor_train", "cp")
 IMAGE = torch.zeros(2, 6, 12, 12)
 
 

@@ -16,7 +16,7 @@ from downsize.numerics.lowrank_convolutions import FORMS, Convolution, Factored,
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import tensorly
-    from tensorly.decomposition import parafac, partial_tucker
+    from tensorly.decomposition import parafac, partial_tucker, tensor_train
 
 # Name -> outputs, inputs, kernel, stride, padding, dilation, groups.
 LAYERS = {
@@ -146,7 +146,7 @@ def test_more_rank_is_no_more_error(name, form):
         solve, most = FORMS[form].prepare(conv, gram), FORMS[form].most_of(conv)
         errors = [solve(tuple(max(1, round(part * rank)) for rank in most)).error for part in (0.1, 0.2, 0.4, 0.7, 1)]
         # Canonical terms have many local optima, so one more may find a slightly worse one.
-        slack = 1.02 if form == "cp" else 1 + 1e-9
+        slack = 1.02 if form in ("cp", "tensor_train") else 1 + 1e-9
         assert all(after <= slack * before + 1e-12 for before, after in itertools.pairwise(errors))
         assert errors[-1] < 1e-10 < errors[0]
 
@@ -165,7 +165,7 @@ def test_data_beat_the_weight_alone(name, form):
 
 
 @pytest.mark.parametrize("data", [False, True])
-@pytest.mark.parametrize("form", ["channel", "spatial", "tucker", "separable"])
+@pytest.mark.parametrize("form", ["channel", "spatial", "tucker", "separable", "tensor_train"])
 def test_no_factors_nearby_are_much_better(form, data):
     """At an optimum a random step of any factor does not lower the error by more than what alternating leaves."""
     conv = layer("plain")
@@ -213,6 +213,33 @@ def test_tucker_is_not_worse_than_tensorlys(ranks, seed):
     theirs = np.einsum("sryx,os,ir->oiyx", core, *parts)
     error = np.square(theirs - conv.weight.numpy()).sum() / np.square(conv.weight.numpy()).sum()
     assert FORMS["tucker"].factor(conv, ranks).error <= 1.01 * error
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("ranks", [(2, 4, 3), (4, 6, 5), (3, 9, 8), (5, 12, 7)])
+def test_a_tensor_train_is_not_worse_than_tensorlys(ranks, seed):
+    conv = layer("plain", seed)
+    theirs = tensorly.tt_to_tensor(tensor_train(conv.weight.permute(1, 2, 3, 0).numpy(), [1, *ranks, 1])).transpose(3, 0, 1, 2)
+    error = np.square(theirs - conv.weight.numpy()).sum() / np.square(conv.weight.numpy()).sum()
+    assert FORMS["tensor_train"].factor(conv, ranks).error <= error * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_a_planted_tensor_train_is_found(data):
+    generator = torch.Generator().manual_seed(1)
+    parts = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 6), (4, 3, 3), (3, 4, 3), (10, 3))]
+    conv = Convolution(torch.einsum("ri,sry,tsx,qt->qiyx", *parts), (1, 1), (1, 1), (1, 1))
+    made = FORMS["tensor_train"].factor(conv, (3, 4, 3), gram_of(conv, images(conv)) if data else None)
+    assert made.error < 1e-8
+    assert [tuple(factor.weight.shape) for factor in made.factors] == [(3, 6, 1, 1), (4, 3, 3, 1), (3, 4, 1, 3), (10, 3, 1, 1)]
+
+
+def test_ranks_of_a_train_are_none_that_neighbours_cannot_fill():
+    conv = layer("plain")
+    for r, s, t in FORMS["tensor_train"].ranks(conv):
+        weight = [factor.weight.flatten(1) for factor in FORMS["tensor_train"].factor(conv, (r, s, t)).factors]
+        assert [len(part) for part in weight] == [r, s, t, 10]
+        assert [int(torch.linalg.matrix_rank(part)) for part in weight] == [r, s, t, t]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -281,11 +308,16 @@ def test_ranks_worth_trying_cost_less_and_fall(name, form):
 
 def test_ranks_follow_the_grain():
     conv = Convolution(torch.zeros(64, 48, 3, 3), (1, 1), (1, 1), (1, 1))
-    for form in ("channel", "spatial", "tucker", "cp"):
+    for form in ("channel", "spatial", "tucker", "tensor_train", "cp"):
         ranks = FORMS[form].ranks(conv, 8)
         assert ranks and all(rank % 8 == 0 for each in ranks for rank in each)
     grouped = Convolution(torch.zeros(64, 16, 3, 3), (1, 1), (1, 1), (1, 1), 4)
-    assert all(4 * rank % 8 == 0 for form in ("channel", "spatial", "tucker", "cp") for each in FORMS[form].ranks(grouped, 8) for rank in each)
+    assert all(
+        4 * rank % 8 == 0
+        for form in ("channel", "spatial", "tucker", "tensor_train", "cp")
+        for each in FORMS[form].ranks(grouped, 8)
+        for rank in each
+    )
     uneven = Convolution(torch.zeros(96, 32, 3, 3), (1, 1), (1, 1), (1, 1), 3)
     assert FORMS["channel"].ranks(uneven, 8) == [(24,), (16,), (8,)]
     small = Convolution(torch.zeros(12, 6, 3, 3), (1, 1), (1, 1), (1, 1))
@@ -303,7 +335,14 @@ def test_macs_are_weights_times_positions():
 
 @pytest.mark.parametrize(
     ("form", "shape", "groups"),
-    [("spatial", (8, 8, 1, 1), 1), ("tucker", (8, 8, 1, 1), 1), ("cp", (8, 8, 1), 1), ("separable", (8, 8, 1, 1), 1), ("spatial", (8, 8, 5), 1)]
+    [
+        ("spatial", (8, 8, 1, 1), 1),
+        ("tucker", (8, 8, 1, 1), 1),
+        ("cp", (8, 8, 1), 1),
+        ("separable", (8, 8, 1, 1), 1),
+        ("spatial", (8, 8, 5), 1),
+        ("tensor_train", (8, 8, 1, 3), 1),
+    ]
     + [(form, (8, 1, 3, 3), 8) for form in FORMS],
 )
 def test_forms_that_do_not_apply_offer_no_ranks_and_refuse(form, shape, groups):

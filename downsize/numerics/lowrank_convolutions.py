@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import gcd, prod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +18,12 @@ from torch import Tensor
 from .lowrank_cp import cp
 from .lowrank_fitting import Goal, goal_of
 from .lowrank_solvers import Solver, Weights, channel, separable, spatial, tucker
+from .lowrank_trains import tensor_train
 
-# Tucker's ranks: how far apart the kept parts of inputs and outputs may be.
+# Of forms with several ranks: how far apart the parts of them that are kept may be.
 SPREAD = 0.2
+
+T = TypeVar("T")
 
 # Outputs and inputs of a group, height and width of the kernel (height 1 for one direction).
 Shape = tuple[int, int, int, int]
@@ -88,6 +93,7 @@ class Form:
     height and width to the weights of each factor of one group at some ranks. most: from those to the largest ranks, at which nothing is
     lost; empty where the form does not apply. solver: from the goal of a group to its weights at some ranks; what all ranks share is
     computed once. count: at how many values of each rank the form is worth trying. grained: whether its ranks are numbers of channels.
+    sound: whether no rank is larger than its neighbours can fill.
     """
 
     parts: tuple[tuple[str, bool], ...]
@@ -96,6 +102,7 @@ class Form:
     solver: Callable[[Goal], Solver]
     count: int = 10
     grained: bool = True
+    sound: Callable[[Shape, tuple[int, ...]], bool] = lambda shape, ranks: True
 
     def ranks(self, conv: Convolution, multiple: int = 1) -> list[tuple[int, ...]]:
         """The ranks of each group worth trying, falling in cost: with fewer weights or fewer multiply-accumulates than the layer.
@@ -103,13 +110,15 @@ class Form:
         The ranks of all groups together are multiples, of half as much for a layer that has not room for two. Nothing where the form does
         not apply: to depthwise convolutions, to 1 x 1 kernels (but for ``channel``), and ``spatial`` to kernels of size 1 in one direction.
         """
-        shape = _shape(conv)
+        most = self.most_of(conv)
         grain = multiple // gcd(multiple, conv.groups) if self.grained else 1
-        axes = [[(rank,) for rank in _multiples(most, grain)] for most in self.most_of(conv)]
+        axes = [_multiples(limit, grain) for limit in most]
         if len(axes) == 1:
-            return _thinned(self._paying(conv, axes[0]), self.count)
-        pairs = [(r, s) for (r,) in _thinned(axes[0], self.count) for (s,) in _thinned(axes[1], self.count)] if axes else []
-        return self._paying(conv, [(r, s) for r, s in pairs if abs(r / shape[1] - s / shape[0]) <= SPREAD])
+            return _thinned(self._paying(conv, [(rank,) for rank in axes[0]]), self.count)
+        tried = product(*(_thinned(axis, self.count) for axis in axes)) if axes else ()
+        kept = {ranks: [rank / limit for rank, limit in zip(ranks, most, strict=True)] for ranks in tried}
+        near = [ranks for ranks, parts in kept.items() if max(parts) - min(parts) <= SPREAD]
+        return self._paying(conv, [ranks for ranks in near if self.sound(_shape(conv), ranks)])
 
     def most_of(self, conv: Convolution) -> tuple[int, ...]:
         """The largest ranks of each group, at which nothing is lost; empty where the form does not apply."""
@@ -204,7 +213,7 @@ def _multiples(most: int, multiple: int) -> list[int]:
     return list(range(multiple, most + 1, multiple))
 
 
-def _thinned(ranks: list[tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
+def _thinned(ranks: list[T], count: int) -> list[T]:
     """At most so many of them, the first and the last among them."""
     if len(ranks) <= count:
         return ranks
@@ -226,6 +235,11 @@ def _most_tucker(shape: Shape) -> tuple[int, ...]:
     return (inputs, outputs) if height * width > 1 else ()
 
 
+def _most_train(shape: Shape) -> tuple[int, ...]:
+    outputs, inputs, height, width = shape
+    return (inputs, min(inputs * height, outputs * width), outputs) if min(height, width) > 1 else ()
+
+
 def _most_cp(shape: Shape) -> tuple[int, ...]:
     outputs, inputs, height, width = shape
     return (min(outputs, inputs) * height * width,) if height * width > 1 else ()
@@ -245,6 +259,14 @@ FORMS = {
         most=_most_tucker,
         solver=tucker,
         count=6,
+    ),
+    "tensor_train": Form(
+        parts=(("", False), ("y", False), ("x", False), ("", False)),
+        sizes=lambda s, r: (r[0] * s[1], r[1] * r[0] * s[2], r[2] * r[1] * s[3], s[0] * r[2]),
+        most=_most_train,
+        solver=tensor_train,
+        count=6,
+        sound=lambda s, r: r[1] <= s[2] * r[0] <= s[2] ** 2 * r[1] and r[2] <= s[3] * r[1] <= s[3] ** 2 * r[2],
     ),
     "cp": Form(
         parts=(("", False), ("y", True), ("x", True), ("", False)),

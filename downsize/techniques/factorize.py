@@ -38,7 +38,8 @@ class Factorize:
         ranks: ``ladder`` (the least error under the amount), or without an amount ``energy`` (each layer in the cheapest form that keeps the
             share ``energy`` of its centred output's energy) or ``evbmf`` (the ranks that variational Bayes finds in the weights).
         forms: of convolutions: ``channel`` (kernel to few channels, then 1 x 1), ``spatial`` (k x 1, then 1 x k), ``tucker`` (1 x 1, kernel,
-            1 x 1), ``separable`` (depthwise, then 1 x 1), ``cp`` (1 x 1, depthwise k x 1 and 1 x k, 1 x 1).
+            1 x 1), ``separable`` (depthwise, then 1 x 1), ``tensor_train`` (1 x 1, k x 1, 1 x k, 1 x 1: fewest weights), ``cp`` (1 x 1, depthwise
+            k x 1 and 1 x k, 1 x 1).
         what: kinds of layers: ``linear``, ``conv``, ``embedding`` (rows weigh as often as they are looked up in the calibration data).
         multiple: ranks are multiples of this, where there is room for four; kernels work in blocks of 8 or 16.
         joint: linear layers that read the same value (queries, keys and values) may share their first factor, where that is better.
@@ -63,7 +64,7 @@ class Factorize:
     ratio: float | None = Field(default=None, gt=0, le=1)
     ranks: Literal["ladder", "energy", "evbmf"] = "ladder"
     energy: float = Field(default=0.95, gt=0, le=1)
-    forms: tuple[Literal["channel", "spatial", "tucker", "separable", "cp"], ...] = ("channel", "spatial", "tucker", "separable")
+    forms: tuple[Literal["channel", "spatial", "tucker", "separable", "tensor_train", "cp"], ...] = ("channel", "spatial", "tucker", "separable")
     what: tuple[Literal["linear", "conv", "embedding"], ...] = ("linear", "conv", "embedding")
     multiple: int = Field(default=8, ge=1)
     joint: bool = True
