@@ -20,7 +20,7 @@ def tensor_train(goal: Goal) -> Solver:
     start, block = TUCKER.start(goal), TUCKER.blocks(goal)
 
     def solve(ranks: tuple[int, ...]) -> Weights:
-        reads, fit, lost = _rounds(goal, block, start[: ranks[0]], ranks)
+        reads, fit, _ = _rounds(goal, block, start[: ranks[0]], ranks)
         matrix = _matrix(reads, fit)
         inner, width, last = _even(goal, _behind(goal, reads), fit, matrix)
         given = ((reads @ block) * reads).sum(1).clamp(min=0).div(goal.weight[0, 0].numel() * goal.positions).sqrt()
