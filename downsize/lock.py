@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -59,7 +60,8 @@ class Lock:
         except OSError as error:
             raise RunError(f"{self.path.parent} cannot be written ({error}): give a folder that can, or free some space.") from error
         finally:
-            mine.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a file system that is read only refuses this too, of a file that is not there
+                mine.unlink()
         self._held = True
         return True
 

@@ -205,6 +205,17 @@ def test_an_unwritable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         Run(tmp_path, IDENTITY)
 
 
+def test_a_folder_on_a_read_only_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("open", "unlink"):
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(RunError, match=r"cannot be written .*Read-only file system"):
+        Run(tmp_path, IDENTITY)
+    monkeypatch.undo()
+
+
 def full(_: Path) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
