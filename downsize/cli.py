@@ -6,8 +6,10 @@ and the mend), 3 a fault in downsize or in the user's code (with its traceback),
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from .task import Task
 
 MET, MISSED, UNUSABLE, FAULT, INTERRUPTED = 0, 1, 2, 3, 130
+AGAIN = 0.05  # seconds
 
 
 class _Commands(TyperGroup):
@@ -197,11 +200,20 @@ def main() -> None:
     """The program `downsize`; see the module for its exit status."""
     # Threads that wait by spinning take the cores from one another, and from the measurements, on a busy machine. Before torch comes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.unraisablehook = _not_lost
     try:
         app()
     except Exception:
         traceback.print_exc()
         sys.exit(FAULT)
+
+
+def _not_lost(lost: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C while Python clears an object away, where it drops every exception, comes again a moment later."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        threading.Timer(AGAIN, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _target(options: dict[str, Any]) -> Target:

@@ -280,3 +280,29 @@ def test_the_modules_of_the_table_are_the_users(saved: Path) -> None:
     for name, module in convolutional().named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
             assert numbers(text, name)[0] == f"{sum(p.numel() for p in module.parameters()):,}"
+
+
+# Swallows Ctrl-C as garbage collection does, then works for a minute.
+CLEARING = """
+import time
+from downsize import cli
+
+class Cleared:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+def app():
+    Cleared()
+    for _ in range(600):
+        time.sleep(0.1)
+    print("worked on")
+
+cli.app = app
+cli.main()
+"""
+
+
+def test_ctrl_c_is_not_lost_while_objects_are_cleared_away() -> None:
+    done = subprocess.run([sys.executable, "-c", CLEARING], capture_output=True, text=True)
+    assert done.returncode and "worked on" not in done.stdout and done.stderr.rstrip().endswith("KeyboardInterrupt")
+    assert "Exception ignored" not in done.stderr
