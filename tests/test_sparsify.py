@@ -44,6 +44,17 @@ def zeros(tensor: Tensor) -> Tensor:
     return tensor.detach() == 0
 
 
+class Tied(nn.Module):
+    """An autoencoder whose decoder reads the encoder's weight the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.weight).relu(), self.weight.mT)
+
+
 # What becomes zero -----------------------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +308,9 @@ def test_what_cannot_be_made_sparse_is_refused():
     none, without = net_task(nn.Sequential(nn.ReLU(), nn.Flatten()), torch.randn(2, 4))
     with pytest.raises(TaskError, match="nothing to make sparse"):
         Sparsify()(none, without)
+    tied, of_tied = net_task(Tied(), torch.randn(2, 4))
+    with pytest.raises(TaskError, match="of its own .one that is read in another way too, as tied ones are"):
+        Sparsify()(tied, of_tied)
     short, of_two = net_task(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.randn(2, 4))
     with pytest.raises(TaskError, match="keep_ends=False"):
         Sparsify()(short, of_two)

@@ -131,7 +131,9 @@ def test_with_a_damaged_checkpoint_it_begins_anew(tmp_path):
         damage(file_in(tmp_path), kind)
         assert steps_of(task, PLAN) == 11, kind
     file_in(tmp_path).write_bytes(whole[:-100])
-    assert trained(PLAN, task)[0].fingerprint() == wanted
+    said = StringIO()
+    assert trained(PLAN, replace(task, progress=Progress(stream=said)))[0].fingerprint() == wanted
+    assert f"the checkpoint {file_in(tmp_path)} is damaged, or of another training: training begins anew" in said.getvalue()
 
 
 def test_the_checkpoint_of_another_training_is_not_believed_under_a_wrong_name(tmp_path):

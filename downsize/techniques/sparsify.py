@@ -119,7 +119,10 @@ class Sparsify:
     def _weights(self, network: Network) -> list[Weight]:
         found = weights_of(network)
         if not found:
-            raise TaskError("The network has no convolution or linear layer with a constant weight: there is nothing to make sparse.")
+            raise TaskError(
+                "The network has no convolution or linear layer with a constant weight of its own (one that is read in another way too, as "
+                "tied ones are, is left): there is nothing to make sparse."
+            )
         left = ends(network, found) if self.keep_ends else set()
         taken = [weight for weight in found if weight.name not in left]
         if not taken:

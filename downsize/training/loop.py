@@ -348,7 +348,9 @@ class _Run:
 
     def _resumed(self) -> bool:
         """Go on from the checkpoint, if all processes find one, and the data gives the same batch before it as then."""
-        found = self.checkpoints.load()
+        found, path = self.checkpoints.load(), self.checkpoints.path
+        if found is None and path is not None and path.is_file():
+            self.progress.say(f"the checkpoint {path} is damaged, or of another training: training begins anew")
         if self.devices.any(found is None):
             return False
         assert found is not None
