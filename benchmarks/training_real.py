@@ -21,7 +21,7 @@ from downsize.techniques.distill import Distill
 from downsize.techniques.prune import Prune
 
 KEPT = Path(__file__).parent.parent / "runs" / "training"
-LITE0_STEPS, MINILM_STEPS = 600, 1000
+LITE0_STEPS, MINILM_STEPS = 400, 1000
 
 
 def task_of(subject: Subject, train: Callable[[], Any]) -> Task:
@@ -64,7 +64,7 @@ def lite0(seed: int) -> Iterator[Row]:
     judge, original = judge_of(task, subject), capture(task.model, task.example, more=task.variations())
     start = pruned(original, task, Prune(macs=0.75, samples=subject.samples))
     yield Row("0.75 of the MACs", lambda: start, judge)
-    plan = Distill(steps=LITE0_STEPS, rate=1e-4, average=0.99, outputs="logits", temperature=1.0, features="hint", seed=seed)
+    plan = Distill(steps=LITE0_STEPS, rate=1e-5, average=0.99, outputs="logits", temperature=1.0, features="hint", seed=seed)
     yield Row("distilled without labels", lambda: plan(start, task), judge)
 
 
