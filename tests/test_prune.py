@@ -169,7 +169,7 @@ def test_redundant_neurons_cost_nothing():
     model = perceptron(16, 32, 4)
     with torch.no_grad():
         model[0].weight[16:], model[0].bias[16:] = 2 * model[0].weight[:16], 2 * model[0].bias[:16]
-    network, made, _ = made_by(model, torch.zeros(2, 16), Prune(ratio=0.5, multiple=1), batches=40)
+    network, made, _ = made_by(model, torch.zeros(2, 16), Prune(ratio=0.5, multiple=1, damping=0.01), batches=40)
     assert made.tensor("0.weight").shape == (16, 16)
     assert error(network, made, like(torch.zeros(2, 16), 64, 5)) < 2e-2
 
@@ -264,7 +264,8 @@ def test_zeros_stay_zeros():
     sparse = Sparsify(sparsity=0.5)(network, task)
     made = Prune(macs=0.7)(sparse, task)
     made.check()
-    assert made.sparse == sparse.sparse and made.sparse
+    left = dict(made.named_tensors())
+    assert made.sparse == {name: most for name, most in sparse.sparse.items() if name in left} and made.sparse
     shares = [float((made.tensor(name) == 0).float().mean()) for name in made.sparse]
     assert min(shares) > 0.2
 

@@ -158,8 +158,10 @@ class Network:
         return made
 
     def recompile(self) -> None:
-        """Check the edited graph, drop what nothing reads, and make it callable again."""
+        """Check the edited graph, drop what nothing reads (of tensors whose zeros stay, the names), and make it callable again."""
         drop_dead(self.graph)
+        for name in self.sparse.keys() - {node.target for node in self.graph.nodes if node.op == "get_attr"}:
+            del self.sparse[name]
         self.graph.lint()
         self.graph_module.recompile()
 
