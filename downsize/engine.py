@@ -259,16 +259,15 @@ class Run:
                 raise
             written = _bytes_under(temporary)
             shutil.rmtree(temporary, ignore_errors=True) if temporary != self.folder else None
-            free = shutil.disk_usage(self.folder).free
-            # What did not fit may have been something else than the step's own files (a checkpoint): what is free now was too little for it.
-            raise RunError(_space_message(self.folder, max(needs, written + 1, free + 1), free)) from error
+            raise RunError(_space_message(self.folder, max(needs, written + 1), shutil.disk_usage(self.folder).free, error)) from error
 
 
-def _space_message(folder: Path, needs: int, free: int) -> str:
-    return (
-        f"the disk that holds {folder} is full: at least {needs:,} bytes are needed, {free:,} are free. "
-        "Free some space or give a folder on another disk; finished steps are kept, so that running again goes on from there."
-    )
+def _space_message(folder: Path, needs: int, free: int, error: Exception | None = None) -> str:
+    """``needs``: what is known of; what did not fit may have been more than that, or on another disk."""
+    full = f"the disk that holds {folder} is full: at least {needs:,} bytes are needed, {free:,} are free. "
+    if free >= needs:
+        full = f"a disk is full ({error}): that of {folder}, where {free:,} bytes are free again, or that of checkpoints or temporary files. "
+    return full + "Free some space or give a folder on another disk; finished steps are kept, so that running again goes on from there."
 
 
 def _out_of_space(error: BaseException | None) -> bool:

@@ -145,7 +145,7 @@ def test_more_rank_is_no_more_error(name, form):
     for gram in (None, gram_of(conv, images(conv))):
         solve, most = FORMS[form].prepare(conv, gram), FORMS[form].most_of(conv)
         errors = [solve(tuple(max(1, round(part * rank)) for rank in most)).error for part in (0.1, 0.2, 0.4, 0.7, 1)]
-        # Canonical terms have many local optima, so one more may find a slightly worse one.
+        # Canonical terms and trains have many local optima, so one more rank may find a slightly worse one.
         slack = 1.02 if form in ("cp", "tensor_train") else 1 + 1e-9
         assert all(after <= slack * before + 1e-12 for before, after in itertools.pairwise(errors))
         assert errors[-1] < 1e-10 < errors[0]
@@ -241,6 +241,13 @@ def test_ranks_of_a_train_are_none_that_neighbours_cannot_fill():
         weight = [factor.weight.flatten(1) for factor in FORMS["tensor_train"].factor(conv, (r, s, t)).factors]
         assert [len(part) for part in weight] == [r, s, t, 10]
         assert [int(torch.linalg.matrix_rank(part)) for part in weight] == [r, s, t, t]
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 3), (3, 64)])
+def test_a_train_of_few_inputs_or_outputs_has_ranks_worth_trying(outputs, inputs):
+    conv = Convolution(torch.zeros(outputs, inputs, 3, 3), (1, 1), (1, 1), (1, 1))
+    assert FORMS["tensor_train"].most_of(conv) == (min(inputs, 27), 9, min(outputs, 27))
+    assert len(FORMS["tensor_train"].ranks(conv)) > 1
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -100,7 +100,7 @@ def test_a_limit_in_bytes_and_one_that_cannot_be_reached() -> None:
 def test_weights_too_small_to_be_packed_are_told() -> None:
     # 24 x 24 codes of 4 bits save 288 bytes, what decodes them takes 600.
     layers = [nn.Flatten(), nn.Linear(3 * 144, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 10)]
-    with pytest.raises(AllocationError, match=r"\(2 of 3 weights are too small: what decodes them takes more than is saved\)"):
+    with pytest.raises(AllocationError, match=r"\(2 of 3 weights are too small: scales and what decodes them take more than is saved\)"):
         made_of(nn.Sequential(*layers), widths=(4, 8), size=0.1)
 
 

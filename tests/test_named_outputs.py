@@ -19,6 +19,7 @@ from downsize.runtimes import RUNTIMES, open_artifact
 from downsize.spool import Spool
 from downsize.structure import flatten, unflatten
 from downsize.task import Task
+from downsize.training.devices import Devices
 
 
 class Found(NamedTuple):
@@ -87,6 +88,11 @@ def test_a_loss_and_a_score_read_names():
     for step in Recipe.parse("finetune(epochs=10)"):
         network = step(network, task)
     assert score(network.predict, task.batches("validate")) > before
+
+
+def test_targets_with_names_go_to_the_device_with_them():
+    there = Devices(device=torch.device("meta")).there([Found(torch.ones(2), torch.ones(3))])
+    assert isinstance(there[0], Found) and there[0].scores.device.type == there[0].boxes.device.type == "meta"
 
 
 def test_data_on_disk_keeps_names():

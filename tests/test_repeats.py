@@ -132,10 +132,14 @@ def test_attention_without_dropout_is_one_and_with_it_two():
     network = capture(Repeating(attend).eval(), images(3))
     assert calls(network, "scaled_dot_product_attention") == 1
     first = next(node for node in network.graph.nodes if "scaled_dot" in str(node.target))
-    second = network.graph.node_copy(first)
-    first.args = second.args = (*first.args[:3], None, 0.1)
-    merge_repeats(network.graph)
-    assert len(first.users) == 2 and not second.users
+    reader = list(first.users)[-1]
+    with network.graph.inserting_after(first):
+        second = network.graph.node_copy(first)
+    reader.replace_input_with(first, second)
+    for dropout, users in ((0.1, 1), (0.0, 2)):
+        first.args = second.args = (*first.args[:3], None, dropout)
+        merge_repeats(network.graph)
+        assert len(first.users) == users and len(second.users) == 2 - users
 
 
 def written_between(self: Repeating, x: Tensor) -> Any:

@@ -108,7 +108,8 @@ class Form:
         """The ranks of each group worth trying, falling in cost: with fewer weights or fewer multiply-accumulates than the layer.
 
         The ranks of all groups together are multiples, of half as much for a layer that has not room for two. Nothing where the form does
-        not apply: to depthwise convolutions, to 1 x 1 kernels (but for ``channel``), and ``spatial`` to kernels of size 1 in one direction.
+        not apply: to depthwise convolutions, to 1 x 1 kernels (but for ``channel``), and ``spatial`` and ``tensor_train`` to kernels of size 1 in
+        one direction.
         """
         most = self.most_of(conv)
         grain = multiple // gcd(multiple, conv.groups) if self.grained else 1
@@ -237,7 +238,9 @@ def _most_tucker(shape: Shape) -> tuple[int, ...]:
 
 def _most_train(shape: Shape) -> tuple[int, ...]:
     outputs, inputs, height, width = shape
-    return (inputs, min(inputs * height, outputs * width), outputs) if min(height, width) > 1 else ()
+    if min(height, width) == 1:
+        return ()
+    return min(inputs, outputs * height * width), min(inputs * height, outputs * width), min(outputs, inputs * height * width)
 
 
 def _most_cp(shape: Shape) -> tuple[int, ...]:

@@ -201,8 +201,12 @@ def _budgets(network: Network, points: Sequence[WeightPoint], ways: Ways, amount
             [stored_bytes(*shape, wanted and format_at(point, wanted)) for wanted in ways.values()]
             for point, shape in zip(points, shapes, strict=True)
         ]
-        small = sum(min(one) >= stored_bytes(*shape, Format(8)) for one, shape in zip(costs, shapes, strict=True))
-        why = f" ({small} of {len(points)} weights are too small: what decodes them takes more than is saved)" if small else ""
+        fewer = [
+            [stored_bytes(*shape, format_at(point, wanted)) for wanted in ways.values() if wanted and wanted.bits < 8]
+            for point, shape in zip(points, shapes, strict=True)
+        ]
+        small = sum(min(one, default=0) >= stored_bytes(*shape, Format(8)) for one, shape in zip(fewer, shapes, strict=True))
+        why = f" ({small} of {len(points)} weights are too small: scales and what decodes them take more than is saved)" if small else ""
         found.append(_reachable(Budget("size", amount.bytes, costs), bytes_at_8_bits(network, points), show_size, why))
     if amount.operations is not None:
         each = [amount.per_bit.get(name, 0.0) for name in names]

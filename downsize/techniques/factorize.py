@@ -38,7 +38,7 @@ class Factorize:
         ranks: ``ladder`` (the least error under the amount), or without an amount ``energy`` (each layer in the cheapest form that keeps the
             share ``energy`` of its centred output's energy) or ``evbmf`` (the ranks that variational Bayes finds in the weights).
         forms: of convolutions: ``channel`` (kernel to few channels, then 1 x 1), ``spatial`` (k x 1, then 1 x k), ``tucker`` (1 x 1, kernel,
-            1 x 1), ``separable`` (depthwise, then 1 x 1), ``tensor_train`` (1 x 1, k x 1, 1 x k, 1 x 1: fewest weights), ``cp`` (1 x 1, depthwise
+            1 x 1), ``separable`` (depthwise, then 1 x 1), ``tensor_train`` (1 x 1, k x 1, 1 x k, 1 x 1: few weights), ``cp`` (1 x 1, depthwise
             k x 1 and 1 x k, 1 x 1).
         what: kinds of layers: ``linear``, ``conv``, ``embedding`` (rows weigh as often as they are looked up in the calibration data).
         multiple: ranks are multiples of this, where there is room for four; kernels work in blocks of 8 or 16.
@@ -97,7 +97,7 @@ class Factorize:
         """
         if self.train:
             trained = self._trained(network, task, Training() if self.train is True else self.train)
-            return better(task, trained, lambda: factorize(network, task, self.settings()))
+            return better(task, trained, lambda: factorize(network, task, replace(self.settings(), fold=False)))
         return factorize(network, task, self.settings())
 
     def _trained(self, network: Network, task: Task, plan: Training) -> Network:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import RuntimeMissing
 from ..network.network import Network
 from ..network.parts import assign
-from ..structure import looks_like_tensor
+from ..structure import is_named, looks_like_tensor
 
 MEND = 'training on GPUs or in several processes needs accelerate: pip install "downsize[train]"'
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # where launchers tell how many there are
@@ -76,6 +76,8 @@ class Devices:
             return tree
         if isinstance(tree, Mapping):
             return {key: self.there(item) for key, item in tree.items()}
+        if is_named(tree):
+            return type(tree)(*map(self.there, tree))
         return type(tree)(map(self.there, tree)) if type(tree) in (tuple, list) else tree
 
     def mean(self, tensors: Sequence[Tensor]) -> None:
