@@ -7,6 +7,7 @@ and the mend), 3 a fault in downsize or in the user's code (with its traceback),
 from __future__ import annotations
 
 import _thread
+import filecmp
 import os
 import sys
 import threading
@@ -237,13 +238,22 @@ def _work(task: str, into: Path | None, work: Callable[[Task, Path, Progress], R
     try:
         result = work(load_task(task), folder, Progress())
     except KeyboardInterrupt:
-        found = sorted(path for path in folder.glob("model.*") if path.is_file())
-        best = f"the best file so far is {found[0]}, its numbers are in {folder / 'report.json'}" if found else "there is no file yet"
-        _complain(f"Interrupted: {best}. The same command goes on from there.")
+        _complain(f"Interrupted: {_left_in(folder)}. The same command goes on from there.")
         raise typer.Exit(INTERRUPTED) from None
     _out().print(result_text(result.report))
     _out().print(Text(f"file: {result.artifact.path}"))
     raise typer.Exit(MET if result.verdict.met else MISSED)
+
+
+def _left_in(folder: Path) -> str:
+    """What an interrupted run leaves: the best file so far, which may be the original, or none."""
+    found = sorted(path for path in folder.glob("model.*") if path.is_file())
+    if not found:
+        return "there is no file yet"
+    baseline = found[0].with_stem("baseline")
+    if baseline.is_file() and filecmp.cmp(found[0], baseline, shallow=False):
+        return f"no file is better than the original yet, which is {found[0]}"
+    return f"the best file so far is {found[0]}, its numbers are in {folder / 'report.json'}"
 
 
 def _complain(message: str) -> None:

@@ -239,6 +239,15 @@ def test_run_ends_with_status_1_when_a_limit_is_missed(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model.onnx").exists()
 
 
+def test_an_interrupted_run_says_what_it_leaves(tmp_path: Path) -> None:
+    assert cli._left_in(tmp_path) == "there is no file yet"
+    (tmp_path / "baseline.onnx").write_bytes(b"the original")
+    (tmp_path / "model.onnx").write_bytes(b"the original")
+    assert cli._left_in(tmp_path) == f"no file is better than the original yet, which is {tmp_path / 'model.onnx'}"
+    (tmp_path / "model.onnx").write_bytes(b"it made smaller")
+    assert cli._left_in(tmp_path).startswith(f"the best file so far is {tmp_path / 'model.onnx'}, its numbers are in")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for another process")
 def test_ctrl_c_leaves_the_best_file_and_says_where_it_is(tmp_path: Path) -> None:
