@@ -71,6 +71,11 @@ def _output(factor: Convolution, x: tuple[int, ...]) -> tuple[int, ...]:
     return (*x[: start - 1], rows, *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes))
 
 
+def as_they_are(layers: Sequence[Layer]) -> list[Product]:
+    """The layers, each as its own only factor."""
+    return [Product(layer, (layer.dense,), torch.zeros(0)) for layer in layers]
+
+
 TABLE = aten.embedding.default
 LOOKED_AT = (*OPERATORS.values(), TABLE)
 
@@ -102,9 +107,9 @@ class Costs:
         cost = count(network, self.example)
         return float({"parameters": cost.parameters, "size": cost.bytes}.get(self.measure, cost.macs))
 
-    def dense(self, layer: Layer) -> float:
-        """Of a layer as it is."""
-        return self.of([Product(layer, (layer.dense,), torch.zeros(0))])
+    def dense(self, *layers: Layer) -> float:
+        """Of layers as they are; a weight that two of them have counts once."""
+        return self.of(as_they_are(layers))
 
     def of(self, products: Sequence[Product]) -> float:
         """Of what takes layers' places; a factor that several have counts once."""

@@ -145,7 +145,7 @@ def _chosen(work: _Work, settings: Settings) -> tuple[dict[Option, list[Product]
         assert settings.most is not None  # the technique has checked it
         taken = by_share(ways, settings.most)
     else:
-        rest = work.whole - sum(work.costs.dense(layer) for site in work.sites for layer in site)
+        rest = work.whole - sum(work.costs.dense(*site) for site in work.sites)
         try:
             taken = by_program(ways, settings.amount, work.most, rest)
         except AllocationError as error:
@@ -188,8 +188,9 @@ def _told(work: _Work, own: Mapping[Option, Sequence[Product]], refused: Mapping
     """What was done, for reports: each layer's form and ranks, its own error, and its cost (of several together: of all) before and after."""
     told: dict[str, Any] = {"by": settings.ranks if settings.samples else f"{settings.ranks} without data: nothing was measured"}
     for option in own:
-        before = sum(map(work.costs.dense, option.layers))
+        before = work.costs.dense(*option.layers)
         note = f"{option}, error {option.own:.3g}, {settings.amount} {before:.6g} -> {option.cost:.6g}"
-        note += f", together with {len(option.layers) - 1} more" if len(option.layers) > 1 else ""
+        others = len({layer.name for layer in option.layers}) - 1
+        note += f", together with {others} more" if others else ""
         told |= {layer.name: note for layer in option.layers}
     return dict(refused) | told | {name: f"left: {reason}" for name, reason in work.left.items()}

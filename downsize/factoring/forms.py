@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..numerics.lowrank import Spectrum, by_frequency, evbmf_rank, spectrum
+from ..numerics.lowrank import Spectrum, by_frequency, evbmf_rank, of_tied, spectrum
 from ..numerics.lowrank_convolutions import FORMS, Convolution, Factored
-from .layers import Layer
+from .layers import Layer, is_tied
 from .rewriting import Product
 
 # At most so many ranks of a matrix are looked at.
@@ -32,7 +32,8 @@ class Known:
 
 
 class Decomposed:
-    """Layers (several: linear ones that read the same value, and share the first factor) in all forms; what ranks share is computed once.
+    """Layers (several: linear ones that read the same value, and share the first factor; or a table and the linear layer that has its weight,
+    and share the narrow table) in all forms; what ranks share is computed once.
 
     Args:
         weights: what is decomposed in place of each layer's own weight, of the same shape.
@@ -42,6 +43,7 @@ class Decomposed:
     def __init__(self, layers: Sequence[Layer], weights: Sequence[Tensor], known: Known, forms: Sequence[str]) -> None:
         self.layers, self.known, self.forms = tuple(layers), known, tuple(forms)
         self.weights = [weight.detach() for weight in weights]
+        self.is_tied = is_tied(layers)
         self._conv = replace(layers[0].dense, weight=self.weights[0])
         self._spectrum: Spectrum | None = None
         self._prepared: dict[str, Callable[[tuple[int, ...]], Factored]] = {}
@@ -50,8 +52,7 @@ class Decomposed:
         """The forms with the ranks worth trying, multiples where there is room for several."""
         if self.layers[0].kind == "conv":
             return [(form, ranks) for form in self.forms for ranks in FORMS[form].ranks(self._conv, multiple)]
-        name = "table" if self.layers[0].kind == "embedding" else "matrix"
-        rows, columns = sum(len(weight) for weight in self.weights), self.weights[0].shape[1]
+        name, rows, columns = self._name, sum(map(len, self._stacked)), self.weights[0].shape[1]
         most = min(rows, columns)
         grain = multiple if most >= 4 * multiple else 1
         # Beyond this there are more products than without factors.
@@ -62,8 +63,7 @@ class Decomposed:
     def by_evidence(self) -> list[Candidate]:
         """The candidates whose ranks variational Bayes finds in the weights: of matrices, and of convolutions in forms made of matrices."""
         if self.layers[0].kind != "conv":
-            name = "table" if self.layers[0].kind == "embedding" else "matrix"
-            return [(name, (rank,))] if (rank := evbmf_rank(torch.cat(self.weights))) else []
+            return [(self._name, (rank,))] if (rank := evbmf_rank(torch.cat(self._stacked))) else []
         weight = self.weights[0]
         if self._conv.groups > 1:
             return []
@@ -79,6 +79,11 @@ class Decomposed:
             found = self._prepared[form](ranks)
             return [Product(self.layers[0], found.factors, found.shift)], found.error
         first, second, shift = self.spectrum.factors(ranks[0])
+        if self.is_tied:
+            table, linear = self.layers
+            narrow, loss = _matrix(second), self.spectrum.error(ranks[0])
+            looked_up = Product(table, (narrow, _matrix(first.mT)), torch.zeros(table.width, dtype=first.dtype))
+            return [looked_up, Product(linear, (_matrix(first), narrow), shift, ("third", "first"))], loss
         if self.layers[0].kind == "embedding":
             return [Product(self.layers[0], (_matrix(first.mT), _matrix(second)), shift)], self.spectrum.error(ranks[0])
         shared, rows = _matrix(first), [len(weight) for weight in self.weights]
@@ -86,13 +91,23 @@ class Decomposed:
         return [Product(layer, (shared, _matrix(part)), moved) for layer, part, moved in parts], self.spectrum.error(ranks[0])
 
     @property
+    def _name(self) -> str:
+        return "tied" if self.is_tied else "table" if self.layers[0].kind == "embedding" else "matrix"
+
+    @property
+    def _stacked(self) -> list[Tensor]:
+        """The weights of which one matrix is made, one under the other."""
+        return self.weights[:1] if self.is_tied else self.weights
+
+    @property
     def spectrum(self) -> Spectrum:
-        """Of linear layers, one under the other, or of a table."""
+        """Of linear layers, one under the other, or of a table, which a linear layer may have, too."""
         if self._spectrum is None:
             known, gram = self.known, None if self.known.gram is None else self.known.gram[0]
             if self.layers[0].kind == "embedding":
                 table = self.weights[0]
-                self._spectrum = by_frequency(table, torch.zeros(len(table)) if known.counts is None else known.counts)
+                counts = torch.zeros(len(table)) if known.counts is None else known.counts
+                self._spectrum = of_tied(table, counts, gram, known.damping) if self.is_tied else by_frequency(table, counts)
             else:
                 importance = self._importance(gram) if len(self.weights) > 1 else None
                 self._spectrum = spectrum(torch.cat(self.weights), gram, known.damping, importance)

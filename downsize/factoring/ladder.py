@@ -20,9 +20,9 @@ from ..network.rewrite import argument, aten, constant, set_bias, set_constant
 from ..network.statistics import Hook, walk
 from ..pruning.grams import GRAM_ELEMENTS, gram_matrices
 from ..pruning.pieces import Data
-from .costs import Costs
+from .costs import Costs, as_they_are
 from .forms import Decomposed, Known, composed
-from .layers import Layer, weight_node
+from .layers import Layer, is_tied, weight_node
 from .options import Option, Way, undominated, ways_of
 from .rewriting import Product
 
@@ -65,10 +65,12 @@ def climbed(
     for site, known in sites:
         if tail is not None:
             tail.move(nodes[min((name for layer in site for name in layer.readers), key=rank.__getitem__)])
-        alone = [_options(network, (layer,), known, costs, asked, tail) for layer in site]
-        refused |= {layer.name: note for layer, (_, note) in zip(site, alone, strict=True) if note}
-        dense = [Option((layer,), "dense", (), 0.0, costs.dense(layer)) for layer in site]
-        together = _options(network, site, known, costs, asked, tail)[0] if asked.joint and len(site) > 1 else []
+        # A table and a layer with one weight have factors together, or none.
+        single = [site] if is_tied(site) else [(layer,) for layer in site]
+        alone = [_options(network, layers, known, costs, asked, tail) for layers in single]
+        refused |= {layers[0].name: note for layers, (_, note) in zip(single, alone, strict=True) if note}
+        dense = [Option(layers, "dense", (), 0.0, costs.dense(*layers)) for layers in single]
+        together = _options(network, site, known, costs, asked, tail)[0] if asked.joint and len(single) > 1 else []
         found.append(ways_of([[one, *others] for one, (others, _) in zip(dense, alone, strict=True)], together))
     return found, refused
 
@@ -88,7 +90,7 @@ def _options(
     tried = [(form, ranks, *made.products(form, ranks)) for form, ranks in wanted]
     if not tried:
         return [], "dense: no form applies"
-    dense = [Product(layer, (layer.dense,), torch.zeros(0)) for layer in layers]
+    dense = as_they_are(layers)
     whole, *prices = costs.several([dense, *(products for _, _, products, _ in tried)])
     found = [
         Option(layers, form, ranks, error, price)
@@ -142,7 +144,7 @@ class Knowledge:
         self._ask = partial(with_known, network, damping=damping, data=data)
         self.sites = list(sites)
         self._kept: dict[Site, Known] | None = None
-        self._fits = data is None or sum(_gram_elements(site[0]) for site in sites) <= GRAM_ELEMENTS
+        self._fits = data is None or sum(_gram_elements(_reader(site)) for site in sites) <= GRAM_ELEMENTS
 
     def of(self, sites: Sequence[Site]) -> Iterable[tuple[Site, Known]]:
         """Of these sites, each with what is known."""
@@ -161,13 +163,18 @@ def with_known(network: Network, sites: Sequence[Site], damping: float, data: Da
     batch: list[Site] = []
     room = GRAM_ELEMENTS
     for site in sites:
-        size = _gram_elements(site[0])
+        size = _gram_elements(_reader(site))
         if batch and size > room:
             yield from _known(network, batch, damping, data)
             batch, room = [], GRAM_ELEMENTS
         batch.append(site)
         room -= size
     yield from _known(network, batch, damping, data)
+
+
+def _reader(site: Site) -> Layer:
+    """The layer of a site that reads for all: of a table and a linear layer with one weight the linear layer."""
+    return site[-1]
 
 
 def _gram_elements(layer: Layer) -> int:
@@ -180,11 +187,11 @@ def _gram_elements(layer: Layer) -> int:
 
 def _known(network: Network, batch: Sequence[Site], damping: float, data: Data) -> Iterator[tuple[Site, Known]]:
     nodes = {node.name: node for node in network.graph.nodes}
-    read = [name for site in batch if _gram_elements(site[0]) for name in site[0].readers]
+    read = [name for site in batch if _gram_elements(_reader(site)) for name in _reader(site).readers]
     grams = gram_matrices(network, [nodes[name] for name in read], data.fit, data.port) if read else {}
     counts = _counts(network, [site[0] for site in batch if site[0].kind == "embedding"], data)
     for site in batch:
-        found = [grams.pop(name) for name in site[0].readers if name in grams]
+        found = [grams.pop(name) for name in _reader(site).readers if name in grams]
         yield site, Known(sum(found) if found else None, counts.get(site[0].name), damping)
 
 

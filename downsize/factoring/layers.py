@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,16 @@ from ..network.rewrite import CONVOLUTIONS, TRANSPOSED, add_constant, argument, 
 from ..numerics.lowrank_convolutions import Convolution
 
 KINDS = {aten.linear.default: "linear", aten.conv1d.default: "conv", aten.conv2d.default: "conv", aten.embedding.default: "embedding"}
+# A weight may have readers of both: the table of a language model that is its last layer, too (Press & Wolf, 2017, arXiv 1608.05859).
+TIED = {aten.embedding.default, aten.linear.default}
 # Of these a reason is told where they are left as they are.
 LAYERS = {*KINDS, *CONVOLUTIONS, *TRANSPOSED, *PRODUCTS, aten.conv2d.padding, aten.conv1d.padding}
+# Operators that may transpose a matrix, and whether they do with these arguments.
+TURNS: dict[object, Callable[..., bool]] = {
+    **dict.fromkeys((aten.t.default, aten.numpy_T.default, aten.mT.default), lambda: True),
+    aten.permute.default: lambda axes: [axis % 2 for axis in axes] == [1, 0],
+    aten.transpose.int: lambda one, two: (one - two) % 2 == 1,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +52,15 @@ class Layer:
 
 
 def layers_of(network: Network, what: Sequence[str]) -> tuple[list[Layer], dict[str, str]]:
-    """The layers of these kinds (``linear``, ``conv``, ``embedding``), in the graph's order; and by name of node why others are left."""
+    """The layers of these kinds (``linear``, ``conv``, ``embedding``), in the graph's order; and by name of weight (of node, where it is computed)
+    why others are left."""
     readings: dict[int, list[fx.Node]] = {}
     for node in network.graph.nodes:
         if node.op == "get_attr":
             readings.setdefault(id(network.tensor(str(node.target))), []).extend(node.users)
     rank = {node: number for number, node in enumerate(network.graph.nodes)}
-    found: dict[int, Layer] = {}
+    found: dict[tuple[int, str], Layer] = {}
+    dense: dict[int, Convolution] = {}
     left: dict[str, str] = {}
     for node in network.graph.nodes:
         if node.target not in LAYERS or KINDS.get(node.target, what[0]) not in what:
@@ -58,12 +68,14 @@ def layers_of(network: Network, what: Sequence[str]) -> tuple[list[Layer], dict[
         weight = constant(network, node.args[_position(node)])
         if weight is None and node.target in PRODUCTS and node.target not in KINDS:
             continue  # a product of two activations
-        reason = _reason(network, node, weight, readings.get(id(weight), []))
+        reason = _reason(network, node, weight, readings.get(id(weight), []), what)
         if reason:
-            left[node.name] = reason
-        elif id(weight) not in found:
-            readers = sorted(readings[id(weight)], key=rank.__getitem__)
-            found[id(weight)] = Layer(str(weight_node(node).target), KINDS[node.target], tuple(one.name for one in readers), _dense(node, weight))
+            left.setdefault(node.name if weight is None else str(weight_node(node).target), reason)
+        elif (id(weight), KINDS[node.target]) not in found:
+            readers = sorted((one for one in readings[id(weight)] if one.target is node.target), key=rank.__getitem__)
+            same = dense.setdefault(id(weight), _dense(node, weight))
+            kind = KINDS[node.target]
+            found[id(weight), kind] = Layer(str(weight_node(node).target), kind, tuple(one.name for one in readers), same)
     return list(found.values()), left
 
 
@@ -81,7 +93,7 @@ def _position(node: fx.Node) -> int:
     return 0 if node.target is aten.embedding.default else 1
 
 
-def _reason(network: Network, node: fx.Node, weight: Tensor | None, readers: Sequence[fx.Node]) -> str:
+def _reason(network: Network, node: fx.Node, weight: Tensor | None, readers: Sequence[fx.Node], what: Sequence[str]) -> str:
     """Why a node cannot be factored; empty where it can."""
     if node.target not in KINDS:
         return f"{node.target} has no factored form here"
@@ -94,11 +106,22 @@ def _reason(network: Network, node: fx.Node, weight: Tensor | None, readers: Seq
     names = {str(one.target) for one in network.graph.nodes if one.op == "get_attr" and network.tensor(str(one.target)) is weight}
     if names & network.sparse.keys():
         return "the zeros of its weight must stay: factorize first, then sparsify"
-    alike = all(one.target is node.target and constant(network, weight_node(one)) is weight and one.args[3:] == node.args[3:] for one in readers)
-    if not alike:
+    operators = {one.target for one in readers}
+    if len(operators) > 1 and (operators != TIED or not all(_reads_as_weight(network, one, weight) for one in readers)):
+        return "its weight is read in other ways, too"
+    if not {KINDS[operator] for operator in operators} <= set(what):
+        return "its weight is a table and a linear layer's in one: what must name both kinds"
+    peers = [one for one in readers if one.target is node.target]
+    if any(constant(network, weight_node(one)) is not weight or one.args[3:] != node.args[3:] for one in peers):
         return "its weight is read in other ways, too"
     bias = None if node.target is aten.embedding.default else argument(node, 2, "bias")
     return "its bias is computed" if bias is not None and constant(network, bias) is None else ""
+
+
+def _reads_as_weight(network: Network, node: fx.Node, weight: Tensor) -> bool:
+    """Whether a linear layer, with a bias that is no other value, or an embedding has it as its weight."""
+    bias = None if node.target is aten.embedding.default else argument(node, 2, "bias")
+    return constant(network, weight_node(node)) is weight and (bias is None or constant(network, bias) is not None)
 
 
 def _dense(node: fx.Node, weight: Tensor) -> Convolution:
@@ -117,26 +140,37 @@ def _each(value: object, dims: int) -> tuple[int, ...]:
 
 
 def joined(network: Network, layers: Sequence[Layer]) -> list[tuple[Layer, ...]]:
-    """The layers in groups: linear layers that read the same value, and each other one alone."""
+    """The layers in groups: linear layers that read the same value, a table with the linear layer that has its weight, each other one alone."""
     nodes = {node.name: node for node in network.graph.nodes}
+    tables = {id(layer.dense) for layer in layers if layer.kind == "embedding"}
     groups: dict[object, list[Layer]] = {}
     for layer in layers:
-        alone = layer.kind != "linear" or len(layer.readers) > 1
-        groups.setdefault(layer.name if alone else input_node(nodes[layer.readers[0]]), []).append(layer)
-    return [tuple(group) for group in groups.values()]
+        alone = layer.kind != "linear" or len(layer.readers) > 1 or id(layer.dense) in tables
+        groups.setdefault(id(layer.dense) if alone else input_node(nodes[layer.readers[0]]), []).append(layer)
+    return [tuple(sorted(group, key=lambda layer: layer.kind)) for group in groups.values()]
+
+
+def is_tied(layers: Sequence[Layer]) -> bool:
+    """Whether they are a table and the linear layer that has its weight, in this order."""
+    return len({layer.kind for layer in layers}) > 1
 
 
 def say_as_linear(network: Network) -> None:
-    """Products with a constant matrix (``addmm``, ``mm``, ``matmul``) become linear layers with the transposed weight, in place, where nothing
-    else reads the matrix and its zeros need not stay."""
+    """Products with a constant matrix (``addmm``, ``mm``, ``matmul``) become linear layers, in place: with a transposed weight where nothing else
+    reads the matrix and its zeros need not stay; with the weight itself where the matrix is one that is transposed in the graph."""
     for node in list(network.graph.nodes):
         if node.target in MATRIX_LAYERS or node.target not in PRODUCTS or node.kwargs:
             continue
         source, at_weight, at_bias, _ = PRODUCTS[node.target]
+        bias = constant(network, node.args[at_bias]) if at_bias is not None else None
+        adds_vector = at_bias is None or (bias is not None and bias.dim() == 1)
+        if adds_vector and (weight := _turned(network, node.args[at_weight])) is not None:
+            node.args = (node.args[source], weight, *([node.args[at_bias]] if at_bias is not None else []))
+            node.target = aten.linear.default
+            continue
         matrix = constant(network, node.args[at_weight])
         own = [user for one in network.graph.nodes if one.op == "get_attr" and network.tensor(str(one.target)) is matrix for user in one.users]
-        bias = constant(network, node.args[at_bias]) if at_bias is not None else None
-        plain = matrix is not None and matrix.dim() == 2 and own == [node] and (at_bias is None or (bias is not None and bias.dim() == 1))
+        plain = matrix is not None and matrix.dim() == 2 and own == [node] and adds_vector
         name = str(node.args[at_weight].target) if plain else ""
         if not plain or name in network.sparse:
             continue
@@ -145,7 +179,15 @@ def say_as_linear(network: Network) -> None:
         weight = add_constant(network, part_name(network, name, "transposed"), turned, node)
         node.args = (node.args[source], weight, *([node.args[at_bias]] if at_bias is not None else []))
         node.target = aten.linear.default
+    network.graph.eliminate_dead_code()
     network.recompile()
+
+
+def _turned(network: Network, node: fx.Node) -> fx.Node | None:
+    """The node of a constant matrix that this one transposes; None for anything else."""
+    if node.op != "call_function" or node.target not in TURNS or (matrix := constant(network, node.args[0])) is None or matrix.dim() != 2:
+        return None
+    return node.args[0] if TURNS[node.target](*node.args[1:]) else None
 
 
 def part_name(network: Network, name: str, part: str) -> str:

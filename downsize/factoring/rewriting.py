@@ -25,11 +25,13 @@ class Product:
     """What takes a layer's place: factors, applied in order with nothing between, and what is added to the bias ([outputs]).
 
     Of an embedding the first factor is the narrow table, [tokens, rank]. Layers that read the same value may have the same first factor.
+    ``places``: what the factors' weights are called.
     """
 
     layer: Layer
     factors: tuple[Convolution, ...]
     shift: Tensor
+    places: tuple[str, ...] = PLACES
 
 
 def put(network: Network, products: Sequence[Product]) -> None:
@@ -60,7 +62,7 @@ class _Writer:
         """One call of a layer."""
         name, value, is_table = product.layer.name, input_node(node), product.layer.kind == "embedding"
         old, rest = self.network.tensor(name), node.args[2:]
-        for place, factor in zip(PLACES, product.factors[:-1], strict=False):
+        for place, factor in zip(product.places, product.factors[:-1], strict=False):
             if (id(factor), value) not in self.calls:
                 weight = self.constant(name, place, factor, old, node)
                 args = (weight, value, *rest) if is_table else (value, weight, None, *geometry(factor))
@@ -69,7 +71,7 @@ class _Writer:
                 made.meta = {key: node.meta[key] for key in ("module", "source") if key in node.meta}
                 self.calls[id(factor), value] = made
             value, is_table = self.calls[id(factor), value], False
-        weight = self.constant(name, PLACES[len(product.factors) - 1], product.factors[-1], old, node)
+        weight = self.constant(name, product.places[len(product.factors) - 1], product.factors[-1], old, node)
         bias = None if node.target is aten.embedding.default else argument(node, 2, "bias")
         node.target = OPERATORS[product.factors[-1].weight.dim()]
         node.args, node.kwargs = (value, weight, bias, *geometry(product.factors[-1])), {}
