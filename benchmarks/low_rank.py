@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import fashion
+import language
 import torch
 from pruning_models import SUBJECTS, Subject
-from rows import Quality, Row, main
+from rows import Quality, Row, main, measured
 from torch import nn
 from training_data import fashion_validation, sentence_batches
 from training_fashion import EXAMPLE, RESNET_EPOCHS, dense, score, task_of
@@ -39,6 +40,7 @@ from downsize.task import Task
 from downsize.techniques.compensate import Compensate
 from downsize.techniques.distill import Distill
 from downsize.techniques.factorize import Factorize
+from downsize.techniques.finetune import Finetune
 from downsize.techniques.quantize import Quantize
 
 KEPT = Path(__file__).parent.parent / "runs" / "low_rank"
@@ -183,8 +185,26 @@ def judge_of(task: Task, subject: Subject, original: Network) -> Callable[[Netwo
     return judge
 
 
-CASES = {"resnet": resnet, "minilm": minilm}
-SEEDS = {"resnet": (0, 1, 2), "minilm": (0,)}
+def words(seed: int) -> Iterator[Row]:
+    """A small language model whose table is its last layer, too: the loss on text that was held back."""
+    model = language.trained(seed)
+    data: dict[str, Any] = {"calibrate": language.calibrate, "train": language.Training}
+    example = next(language.held())[0][:2]
+    task = Task(model, example, data, loss=language.loss, checkpoints=KEPT / "checkpoints", progress=Progress())
+    start = capture(model, example)
+    judge = lambda network: measured(network, example[:1], language.mean_loss)  # noqa: E731
+    yield Row("float", lambda: start, judge)
+    half: dict[str, Any] = {"parameters": 0.5}
+    yield Row("0.7 of the parameters", lambda: Factorize(parameters=0.7)(start, task), judge)
+    yield Row("half the parameters, by the weights alone", lambda: Factorize(**half, samples=0)(start, task), judge)
+    yield Row("half the parameters", lambda: Factorize(**half)(start, task), judge)
+    yield Row("half the parameters, trained", lambda: Finetune(steps=300, rate=1e-3)(Factorize(**half)(start, task), task), judge)
+    yield Row("8 bits", lambda: Quantize()(start, task), judge)
+    yield Row("half the parameters, 8 bits", lambda: Quantize()(Factorize(**half)(start, task), task), judge)
+
+
+CASES = {"resnet": resnet, "minilm": minilm, "words": words}
+SEEDS = {"resnet": (0, 1, 2), "minilm": (0,), "words": (0,)}
 
 if __name__ == "__main__":
     sys.exit(main((__doc__ or "").partition("\n")[0], CASES, SEEDS, "runs/low_rank/results.json"))
