@@ -82,9 +82,9 @@ def loss(outputs: Tensor, words: Tensor) -> Tensor:
     return nn.functional.cross_entropy(outputs.flatten(0, 1), words.flatten())
 
 
-def mean_loss(predict: Callable[[Any], Any]) -> float:
+def mean_loss(predict: Callable[[Any], Any]) -> dict[str, float]:
     """Of the held-back windows."""
-    return sum(float(loss(torch.as_tensor(predict(words)), following)) * len(words) for words, following in held()) / HELD
+    return {"loss": sum(float(loss(torch.as_tensor(predict(words)), following)) * len(words) for words, following in held()) / HELD}
 
 
 def trained(seed: int) -> nn.Module:
