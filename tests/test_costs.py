@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, HAND_WRITTEN, FusedAttention
+from captures import architecture, form
 from forms import FORMS, conv
 from small_nets import Net
 from torch import nn
@@ -142,15 +143,13 @@ def test_terms_of_three_axes_never_count_too_little():
 
 @pytest.mark.parametrize("name", EVERY)
 def test_full_width_is_what_running_counts_and_a_cut_what_its_recount_does(name):
-    specimen = ARCHITECTURES[name]
-    assert_counts(captured(specimen.make(), specimen.inputs(2)), specimen.inputs(2))
+    assert_counts(architecture(name)[1], ARCHITECTURES[name].inputs(2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_is_counted_as_it_is_recounted(name):
-    specimen, _ = FORMS[name]
-    assert_counts(captured(specimen.make(), specimen.inputs(2)), specimen.inputs(2))
+    assert_counts(form(name), FORMS[name][0].inputs(2))
 
 
 def assert_counts(network: Network, inputs: Any) -> None:

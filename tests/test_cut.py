@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import FusedAttention, vivid
+from captures import form
 from forms import FORMS, attended, conv, projections
 from hypothesis import given, settings
 from random_nets import networks
@@ -80,7 +81,7 @@ def assert_cut_is_mask(lineage: Lineage, inputs: Callable[[int], Any], dead: dic
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FORMS])
 def test_every_form_is_cut_as_it_is_masked(name):
     specimen, axes = FORMS[name]
-    lineage = Lineage(capture(specimen.make(), specimen.inputs(2)))
+    lineage = Lineage(form(name))
     found = [f"{'' if axis.exact else '~'}{axis.kind} {axis.units}" for axis in lineage.axes if axis.units > 1]
     assert ", ".join(found) == axes
     assert [assert_cut_is_mask(lineage, specimen.inputs, dead) for dead in deaths(lineage)].count(True) >= len(found)

@@ -6,12 +6,11 @@ import functools
 import random
 
 import pytest
-import torch
 from architectures import ARCHITECTURES
+from captures import architecture
 from small_nets import task_of
 from test_cut import EXACT, STATISTIC, gap
 
-from downsize.network.capture import capture
 from downsize.network.cut import cut
 from downsize.network.fold import fold_constants
 from downsize.network.lineage import Lineage
@@ -34,9 +33,7 @@ UNCOVERED = {
 
 @functools.cache
 def lineage_of(name: str) -> Lineage:
-    torch.set_num_threads(1)
-    specimen = ARCHITECTURES[name]
-    network = capture(specimen.make(), specimen.inputs(2))
+    network = architecture(name)[1].fork()
     fold_constants(network)
     return Lineage(network)
 

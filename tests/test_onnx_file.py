@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from small_nets import Net, conv, int8, weight
 from torch import Tensor, nn
-from zoo import BY_NAME
+from zoo import BY_NAME, specimen
 
 from downsize.errors import ExportError
 from downsize.network import onnx_file
@@ -49,8 +49,7 @@ FILES: dict[str, tuple[Network, Path]] = {}
 def exported(name: str, folder: Path) -> tuple[Network, Path]:
     """A specimen of the zoo, written once."""
     if name not in FILES:
-        specimen = BY_NAME[name]
-        network = capture(specimen.make(), specimen.inputs(2))
+        network = specimen(name)[1]
         write(network, folder / f"{name}.onnx")
         FILES[name] = network, folder / f"{name}.onnx"
     return FILES[name]
