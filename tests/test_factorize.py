@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from factor_nets import IDS, IMAGE, Mixer, cost, mixer, residual
-from small_nets import Net, conv, like, task_of
+from small_nets import Net, conv, like, task_of, weight
 from torch import nn
 from zoo import BY_NAME, specimen
 
@@ -281,13 +281,14 @@ def test_amounts_and_ranks_must_fit():
 
 
 def test_what_no_factors_can_lower_is_said_with_its_reason():
-    """Of two samples: 2 filters of 27 weights at 64 places, and a linear layer of 128 x 64."""
+    """Of two samples: 2 filters of 9 weights, computed, at 64 places, and a linear layer of 128 x 64."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Flatten(), nn.Linear(128, 64)).eval()
-    example = torch.randn(2, 1, 6, 6, 6)
+    parts = {"kernel": weight(2, 1, 3, 3), "last": nn.Linear(128, 64)}
+    model = Net(lambda net, x: net.last(nn.functional.conv2d(x, net.kernel * x.mean()).flatten(1)), **parts).eval()
+    example = torch.randn(2, 1, 10, 10)
     network = capture(model, example)
-    layer, whole = 2 * 2 * 27 * 64, 2 * 2 * 27 * 64 + 2 * 128 * 64
-    says = rf"smallest value.*Of all {whole}, {layer} are where no factors can stand \(0.weight: aten.conv3d.default has no factored form here\)"
+    layer, whole = 2 * 2 * 9 * 64, 2 * 2 * 9 * 64 + 2 * 128 * 64
+    says = rf"smallest value.*Of all {whole}, {layer} are where no factors can stand \(conv2d: its weight is computed\)"
     with pytest.raises(AllocationError, match=says):
         Factorize(macs=0.1)(network, task_of(model, example))
 

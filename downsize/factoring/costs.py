@@ -24,7 +24,7 @@ from ..pruning.latency import LayerShape, Operand, predicted
 from ..pruning.latency_limit import need_clock
 from ..task import Task
 from .layers import Layer, input_node
-from .rewriting import OPERATORS, Product, geometry
+from .rewriting import OPERATORS, TURNED, Product, geometry, operator_of
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,22 @@ class Stage:
     @property
     def macs(self) -> float:
         """Multiply-accumulates."""
-        return 0.0 if self.is_table else float(prod(self.y) * prod(self.factor.weight.shape[1:]))
+        if self.is_table:
+            return 0.0
+        if not self.factor.kernel:
+            return float(prod(self.y) * self.factor.weight.shape[1])
+        start = len(self.x) - len(self.factor.kernel)  # the channels stand before it, and perhaps a batch before these
+        return prod(self.x[: start - 1]) * self.factor.macs(self.x[start:])
 
     def shape(self, dtype: torch.dtype, has_bias: bool) -> LayerShape:
         """It as a runtime sees it."""
         name = str(dtype).removeprefix("torch.")
-        weight = tuple(self.factor.weight.shape)
-        operands = [Operand(self.x, name, False), Operand(weight, name, True), *([Operand(weight[:1], name, True)] if has_bias else [])]
+        weight, outputs = self.factor.stored(self.factor.weight), (len(self.factor.weight),)
+        operands = [Operand(self.x, name, False), Operand(tuple(weight.shape), name, True), *([Operand(outputs, name, True)] if has_bias else [])]
         graph = fx.Graph()
         nodes = [graph.placeholder(f"operand{number}") for number in range(len(operands))]
         arguments = (*nodes, *([] if has_bias else [None]), *geometry(self.factor))
-        return LayerShape(name_of(OPERATORS[len(weight)]), tuple(operands), json.dumps([encode(arguments), {}]))
+        return LayerShape(name_of(operator_of(self.factor)), tuple(operands), json.dumps([encode(arguments), {}]))
 
 
 def stages(layer: Layer, factors: Sequence[Convolution], shape: tuple[int, ...]) -> Iterator[Stage]:
@@ -66,9 +71,8 @@ def _output(factor: Convolution, x: tuple[int, ...]) -> tuple[int, ...]:
     rows, kernel = factor.weight.shape[0], factor.weight.shape[2:]
     if not kernel:
         return (*x[:-1], rows)
-    start = len(x) - len(kernel)  # the channels stand before it, and perhaps a batch before these
-    sizes = zip(x[start:], kernel, factor.stride, factor.padding, factor.dilation, strict=True)
-    return (*x[: start - 1], rows, *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes))
+    start = len(x) - len(kernel)
+    return (*x[: start - 1], rows, *factor.output_size(x[start:]))
 
 
 def as_they_are(layers: Sequence[Layer]) -> list[Product]:
@@ -77,7 +81,7 @@ def as_they_are(layers: Sequence[Layer]) -> list[Product]:
 
 
 TABLE = aten.embedding.default
-LOOKED_AT = (*OPERATORS.values(), TABLE)
+LOOKED_AT = (*OPERATORS.values(), *TURNED.values(), TABLE)
 
 
 class Costs:

@@ -17,7 +17,7 @@ from .rewriting import Product
 
 # At most so many ranks of a matrix are looked at.
 MOST_RANKS = 48
-CONVOLVED: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d}
+CONVOLVED: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 Candidate = tuple[str, tuple[int, ...]]
 
 

@@ -122,7 +122,7 @@ def imitated(network: Network, products: Sequence[Product]) -> Network:
     nodes = {node.name: node for node in made.graph.nodes}
     for product in products:
         old = made.tensor(product.layer.name)
-        weight = composed(product).to(old.dtype)
+        weight = product.layer.dense.stored(composed(product)).to(old.dtype)
         for name in product.layer.readers:
             node = nodes[name]
             if node.target is not aten.embedding.default and bool(product.shift.any()):

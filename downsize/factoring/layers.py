@@ -17,13 +17,13 @@ from ..network.lower_weights import PRODUCTS
 from ..network.memory import is_written
 from ..network.network import Network
 from ..network.rewrite import CONVOLUTIONS, TRANSPOSED, add_constant, argument, aten, constant
-from ..numerics.lowrank_convolutions import Convolution
+from ..numerics.lowrank_convolutions import Convolution, transposed
 
-KINDS = {aten.linear.default: "linear", aten.conv1d.default: "conv", aten.conv2d.default: "conv", aten.embedding.default: "embedding"}
+KINDS = {aten.linear.default: "linear", aten.embedding.default: "embedding", **dict.fromkeys(CONVOLUTIONS | TRANSPOSED, "conv")}
 # A weight may have readers of both: the table of a language model that is its last layer, too (Press & Wolf, 2017, arXiv 1608.05859).
 TIED = {aten.embedding.default, aten.linear.default}
 # Of these a reason is told where they are left as they are.
-LAYERS = {*KINDS, *CONVOLUTIONS, *TRANSPOSED, *PRODUCTS, aten.conv2d.padding, aten.conv1d.padding}
+LAYERS = {*KINDS, *PRODUCTS, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 # Operators that may transpose a matrix, and whether they do with these arguments.
 TURNS: dict[object, Callable[..., bool]] = {
     **dict.fromkeys((aten.t.default, aten.numpy_T.default, aten.mT.default), lambda: True),
@@ -125,9 +125,13 @@ def _reads_as_weight(network: Network, node: fx.Node, weight: Tensor) -> bool:
 
 
 def _dense(node: fx.Node, weight: Tensor) -> Convolution:
-    if node.target not in CONVOLUTIONS:
+    if node.target not in CONVOLUTIONS | TRANSPOSED:
         return Convolution(weight.detach(), (), (), (), 1)
     dims = weight.dim() - 2
+    if node.target in TRANSPOSED:
+        options = (("stride", 1), ("padding", 0), ("output_padding", 0), ("groups", 1), ("dilation", 1))
+        stride, padding, more, groups, dilation = (argument(node, 3 + place, *option) for place, option in enumerate(options))
+        return transposed(weight.detach(), _each(stride, dims), _each(padding, dims), _each(more, dims), int(groups), _each(dilation, dims))
     stride, padding, dilation = (
         _each(argument(node, place, name, default), dims) for place, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
     )

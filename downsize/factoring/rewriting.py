@@ -17,7 +17,8 @@ from .layers import Layer, input_node, part_name
 
 PLACES = ("first", "second", "third", "fourth", "fifth")
 # By the dimensions of the weight.
-OPERATORS = {2: aten.linear.default, 3: aten.conv1d.default, 4: aten.conv2d.default}
+OPERATORS = {2: aten.linear.default, 3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
+TURNED = {3: aten.conv_transpose1d.default, 4: aten.conv_transpose2d.input, 5: aten.conv_transpose3d.input}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +68,13 @@ class _Writer:
                 weight = self.constant(name, place, factor, old, node)
                 args = (weight, value, *rest) if is_table else (value, weight, None, *geometry(factor))
                 with self.network.graph.inserting_before(node):
-                    made = self.network.graph.call_function(aten.embedding.default if is_table else OPERATORS[factor.weight.dim()], args)
+                    made = self.network.graph.call_function(aten.embedding.default if is_table else operator_of(factor), args)
                 made.meta = {key: node.meta[key] for key in ("module", "source") if key in node.meta}
                 self.calls[id(factor), value] = made
             value, is_table = self.calls[id(factor), value], False
         weight = self.constant(name, product.places[len(product.factors) - 1], product.factors[-1], old, node)
         bias = None if node.target is aten.embedding.default else argument(node, 2, "bias")
-        node.target = OPERATORS[product.factors[-1].weight.dim()]
+        node.target = operator_of(product.factors[-1])
         node.args, node.kwargs = (value, weight, bias, *geometry(product.factors[-1])), {}
         if bool(product.shift.any()):
             self.shift(node, bias, product, old)
@@ -92,14 +93,22 @@ class _Writer:
     def constant(self, name: str, place: str, factor: Convolution, old: Tensor, before: fx.Node) -> fx.Node:
         """The node that reads a factor's weight: trainable, and of the type, as the layer's was."""
         if id(factor) not in self.constants:
-            tensor = factor.weight.detach().to(old.dtype).contiguous()
+            tensor = factor.stored(factor.weight.detach().to(old.dtype)).contiguous()
             tensor = torch.nn.Parameter(tensor, old.requires_grad) if isinstance(old, torch.nn.Parameter) else tensor
             self.constants[id(factor)] = add_constant(self.network, part_name(self.network, name, place), tensor, before)
         return self.constants[id(factor)]
 
 
+def operator_of(factor: Convolution) -> object:
+    """The operator that computes a factor (of a table the one behind it)."""
+    return (TURNED if factor.spread else OPERATORS)[factor.weight.dim()]
+
+
 def geometry(factor: Convolution) -> tuple[object, ...]:
-    """Stride, padding, dilation and groups as arguments of a convolution; nothing for a linear layer."""
+    """What stands behind the bias among the arguments of a convolution, plain or transposed; nothing for a linear layer."""
     if factor.weight.dim() == 2:
         return ()
-    return (list(factor.stride), list(factor.padding), list(factor.dilation), factor.groups)
+    if not factor.spread:
+        return (list(factor.stride), list(factor.padding), list(factor.dilation), factor.groups)
+    cropped = [d * (k - 1) - p for k, p, d in zip(factor.kernel, factor.padding, factor.dilation, strict=True)]
+    return (list(factor.spread), cropped, list(factor.more), factor.groups, list(factor.dilation))

@@ -4,18 +4,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from .rewrite import argument, aten
+from .rewrite import TRANSPOSED, argument, aten
 
 # The layers that this file can unfold.
-MATRIX_LAYERS = (aten.linear.default, aten.conv1d.default, aten.conv2d.default)
+MATRIX_LAYERS = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+DIRECTIONS = {
+    aten.linear.default: 0,
+    **dict.fromkeys((aten.conv1d.default, aten.conv_transpose1d.default), 1),
+    **dict.fromkeys((aten.conv2d.default, aten.conv_transpose2d.input), 2),
+    **dict.fromkeys((aten.conv3d.default, aten.conv_transpose3d.input), 3),
+}
 # A convolution's columns are taken from a window of this many output positions a side, which wanders over the image.
-WINDOW = 24
+WINDOW, SMALL_WINDOW = 24, 8
 
 
 def groups_of(node: fx.Node) -> int:
@@ -34,26 +41,49 @@ def weight_from_matrix(matrix: Tensor, shape: torch.Size) -> Tensor:
 
 
 def input_rows(node: fx.Node, args: tuple[Any, ...], groups: int, visit: int) -> Tensor:
-    """What a layer's weight matrix is multiplied with: [groups, columns, positions]. Large images give one window, another at each visit."""
+    """What a layer's weight matrix is multiplied with: [groups, columns, positions]. Large images give one window, another at each visit.
+
+    Of transposed convolutions what the convolution reads that they are: their input with zeros between, for a weight [outputs,
+    inputs / groups, *kernel] with the kernel turned round.
+    """
     x, weight = args[0], args[1]
     if node.target is aten.linear.default:
         return x.reshape(1, -1, x.shape[-1]).mT
     x = x if x.dim() == weight.dim() else x[None]
-    stride, padding, dilation = (
-        _pair(argument(node, i, name, default)) for i, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
-    )
-    if x.dim() == 3:  # a 1-D convolution is a 2-D one of height 1
-        x, weight = x[:, :, None], weight[:, :, None]
-        stride, padding, dilation = (1, stride[0]), (0, padding[0]), (1, dilation[0])
-    x = functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    kernel = weight.shape[2:]
-    for d in (0, 1):
-        span = dilation[d] * (kernel[d] - 1) + 1
-        outputs = (x.shape[2 + d] - span) // stride[d] + 1
-        if outputs > WINDOW:
-            x = x.narrow(2 + d, _first(outputs, visit) * stride[d], (WINDOW - 1) * stride[d] + span)
-    columns = functional.unfold(x, kernel, dilation=dilation, stride=stride)
+    kernel, dims = weight.shape[2:], weight.dim() - 2
+    turned = node.target in TRANSPOSED
+    places = (("stride", 3, 1), ("padding", 4, 0), ("dilation", 7 if turned else 5, 1), ("output_padding", 5, 0))
+    stride, padding, dilation, more = (_each(argument(node, place, name, default), dims) for name, place, default in places)
+    if turned:
+        x = spread_out(x, stride, more)
+        stride, padding = (1,) * dims, tuple(d * (k - 1) - p for k, p, d in zip(kernel, padding, dilation, strict=True))
+    x = functional.pad(x, [amount for one in reversed(padding) for amount in (one, one)])
+    spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    for d in range(dims):
+        outputs, window = (x.shape[2 + d] - spans[d]) // stride[d] + 1, window_of(dims)
+        if outputs > window:
+            x = x.narrow(2 + d, _first(outputs, visit, window) * stride[d], (window - 1) * stride[d] + spans[d])
+    if dims == 1:  # a 1-D convolution is a 2-D one of height 1
+        x, kernel, dilation, stride = x[:, :, None], (1, *kernel), (1, *dilation), (1, *stride)
+    columns = functional.unfold(x, kernel, dilation=dilation, stride=stride) if dims < 3 else _unfolded(x, spans, dilation, stride)
     return columns.reshape(columns.shape[0], groups, -1, columns.shape[2]).permute(1, 2, 0, 3).flatten(2)
+
+
+def spread_out(x: Tensor, spread: Sequence[int], more: Sequence[int]) -> Tensor:
+    """The values of [batch, channels, *positions] so many positions apart, zeros between them and ``more`` zeros behind them."""
+    made = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 + m for n, s, m in zip(x.shape[2:], spread, more, strict=True)))
+    slots = tuple(slice(0, (n - 1) * s + 1, s) for n, s in zip(x.shape[2:], spread, strict=True))
+    made[(slice(None), slice(None), *slots)] = x
+    return made
+
+
+def _unfolded(x: Tensor, spans: Sequence[int], dilation: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """What a kernel of any number of directions reads at each place: [batch, channels * kernel, places]."""
+    dims = len(spans)
+    for d in range(dims):
+        x = x.unfold(2 + d, spans[d], stride[d])[..., :: dilation[d]]
+    order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
+    return x.permute(order).flatten(2 + dims).flatten(1, 1 + dims)
 
 
 def output_rows(node: fx.Node, value: Tensor, groups: int, visit: int) -> Tensor:
@@ -64,25 +94,29 @@ def output_rows(node: fx.Node, value: Tensor, groups: int, visit: int) -> Tensor
     if node.target is aten.linear.default:
         return value.reshape(1, -1, value.shape[-1]).mT
     value = value if channel_axis(node, value.dim()) else value[None]
+    window = window_of(value.dim() - 2)
     for d in range(2, value.dim()):
-        if value.shape[d] > WINDOW:
-            value = value.narrow(d, _first(value.shape[d], visit), WINDOW)
+        if value.shape[d] > window:
+            value = value.narrow(d, _first(value.shape[d], visit, window), window)
     return value.flatten(2).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
 def channel_axis(node: fx.Node, dims: int) -> int:
     """The dimension that holds the channels of a layer's output of so many dimensions: of a linear layer the last, of a convolution 1, or
     0 without a batch."""
-    if node.target is aten.linear.default:
-        return dims - 1
-    return dims - (2 if node.target is aten.conv1d.default else 3)
+    return dims - 1 - DIRECTIONS[node.target]
 
 
-def _first(outputs: int, visit: int) -> int:
+def window_of(dims: int) -> int:
+    """Output positions a side of the window, for so many directions: about as many in three as in two."""
+    return WINDOW if dims < 3 else SMALL_WINDOW
+
+
+def _first(outputs: int, visit: int, window: int) -> int:
     """Where the window of a visit begins, of that many output positions a side."""
-    return (visit * 7919) % (outputs - WINDOW + 1)
+    return (visit * 7919) % (outputs - window + 1)
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def _each(value: Any, dims: int) -> tuple[int, ...]:
     values = [value] if isinstance(value, int) else list(value)
-    return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
+    return tuple(values * dims if len(values) == 1 else values)

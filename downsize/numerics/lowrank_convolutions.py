@@ -2,12 +2,16 @@
 
 On zero padding the factors compute just what their product computes, as a convolution without a bias keeps zeros. So the padding, the
 stride and the dilation of each direction go to the factor whose kernel has it, and only the last factor gets a bias.
+
+The solvers know two directions, y and x. Of three directions the last two are one of them, so that ``spatial`` is k x 1 x 1, then 1 x k x k.
+A transposed convolution is one over an input with zeros between its values, with the kernel turned round; the direction's zeros, too, go to
+the factor whose kernel has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import gcd, prod
 from typing import TypeVar
@@ -31,13 +35,19 @@ Shape = tuple[int, int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class Convolution:
-    """A convolution without a bias. weight: [outputs, inputs / groups, *kernel]; stride, padding, dilation: a number for each direction."""
+    """A convolution without a bias. weight: [outputs, inputs / groups, *kernel]; stride, padding, dilation: a number for each direction.
+
+    A transposed one (:func:`transposed`) has a ``spread`` for each direction, how many positions apart it puts its inputs, zeros between them,
+    and ``more`` zeros behind them.
+    """
 
     weight: Tensor
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+    spread: tuple[int, ...] = ()
+    more: tuple[int, ...] = ()
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -58,20 +68,48 @@ class Convolution:
     def is_identity(self) -> bool:
         """Whether it gives each channel as it is."""
         trivial = all((k, s, p) == (1, 1, 0) for k, s, p in zip(self.kernel, self.stride, self.padding, strict=True))
+        trivial = trivial and all((spread, more) == (1, 0) for spread, more in zip(self.spread, self.more, strict=True))
         return trivial and self.groups == self.inputs == len(self.weight) and bool((self.weight == 1).all())
 
     def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """Positions in each direction of the output, from those of the input."""
+        if self.spread:
+            size = [(n - 1) * spread + 1 + more for n, spread, more in zip(size, self.spread, self.more, strict=True)]
         parts = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         return tuple((n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for n, kernel, stride, padding, dilation in parts)
+
+    def macs(self, size: Sequence[int]) -> float:
+        """Multiply-accumulates for one sample whose input has that many positions in each direction: zeros between inputs cost none."""
+        return float(self.parameters * prod(size if self.spread else self.output_size(size)))
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A weight as the layer has it: of a transposed convolution [inputs, outputs / groups, *kernel], the kernel turned round."""
+        if not self.spread:
+            return weight
+        parts = [part.transpose(0, 1) for part in weight.chunk(self.groups)]
+        return torch.cat(parts).flip(*range(2, weight.dim())).contiguous()
+
+
+def transposed(
+    weight: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    more: tuple[int, ...],
+    groups: int,
+    dilation: tuple[int, ...],
+) -> Convolution:
+    """A transposed convolution as the convolution that it is, from its weight [inputs, outputs / groups, *kernel] and torch's other arguments."""
+    turned = torch.cat([part.transpose(0, 1) for part in weight.chunk(groups)]).flip(*range(2, weight.dim()))
+    around = tuple(d * (k - 1) - p for k, p, d in zip(weight.shape[2:], padding, dilation, strict=True))
+    return Convolution(turned.contiguous(), (1,) * len(around), around, dilation, groups, stride, more)
 
 
 def macs_of(factors: Sequence[Convolution], size: Sequence[int]) -> float:
     """Multiply-accumulates of convolutions in a row for one sample whose input has that many positions in each direction."""
     total = 0.0
     for factor in factors:
+        total += factor.macs(size)
         size = factor.output_size(size)
-        total += float(factor.parameters * prod(size))
     return total
 
 
@@ -151,7 +189,7 @@ class Form:
             gram = gram[None]
         if gram is not None and len(gram) != conv.groups:
             raise ValueError(f"Gram matrices {list(gram.shape)} came for {conv.groups} groups; expected one for each.")
-        weights = (conv.weight if conv.weight.dim() == 4 else conv.weight[:, :, None]).chunk(conv.groups)
+        weights = conv.weight.reshape(*conv.weight.shape[:2], *_shape(conv)[2:]).chunk(conv.groups)
         goals = [goal_of(weight, None if gram is None else gram[number], damping) for number, weight in enumerate(weights)]
         solvers = [self.solver(goal) for goal in goals]
 
@@ -183,28 +221,43 @@ class Form:
         """Weights, and multiply-accumulates for each output position of a large input; of the layer itself without ranks."""
         sizes = (prod(_shape(conv)),) if ranks is None else self.sizes(_shape(conv), ranks)
         parts = (("yx", False),) if ranks is None else self.parts
-        strides, macs = dict(zip("xy", reversed(conv.stride), strict=False)), 0.0
-        ahead = prod(strides.values())
+        steps, macs = _along(conv, conv.spread or conv.stride), 0.0
+        ahead = 1 / prod(steps.values()) if conv.spread else prod(steps.values())
         for size, (axes, _) in zip(sizes, parts, strict=True):
-            ahead /= prod(strides.get(axis, 1) for axis in axes)
-            macs += size * ahead
+            step = prod(steps[axis] for axis in axes)
+            macs += size * (ahead if conv.spread else ahead / step)
+            ahead = ahead * step if conv.spread else ahead / step
         return float(sum(sizes)), macs
 
 
+def _directions(conv: Convolution) -> dict[str, tuple[int, ...]]:
+    """Which directions of a kernel are the solvers' y and x: of three the first, and the others (the first two, where the first has size 1)."""
+    dims = len(conv.kernel)
+    split = dims - 1 if dims < 3 or conv.kernel[0] == 1 else 1
+    return {"y": tuple(range(split)), "x": tuple(range(split, dims))}
+
+
+def _along(conv: Convolution, values: Sequence[int]) -> dict[str, int]:
+    """The product of a number for each direction over those of y and of x."""
+    return {axis: prod(values[number] for number in numbers) for axis, numbers in _directions(conv).items()}
+
+
 def _shape(conv: Convolution) -> Shape:
-    height, width = (1, *conv.kernel)[-2:]
-    return conv.weight.shape[0] // conv.groups, conv.weight.shape[1], height, width
+    sizes = _along(conv, conv.kernel)
+    return conv.weight.shape[0] // conv.groups, conv.weight.shape[1], sizes["y"], sizes["x"]
 
 
 def _part(conv: Convolution, weight: Tensor, axes: str, groups: int) -> Convolution:
-    """The factor with that weight [outputs, inputs, height, width], which has the stride, padding and dilation of these directions."""
-    names = "yx"[-len(conv.kernel) :]
-    weight = (weight if len(names) == 2 else weight[:, :, 0]).to(conv.weight.dtype)
+    """The factor with that weight [outputs, inputs, height, width], which has what belongs to these directions: stride, padding, dilation."""
+    own = {number for axis in axes for number in _directions(conv)[axis]}
 
-    def of(values: tuple[int, ...], neutral: int) -> tuple[int, ...]:
-        return tuple(value if name in axes else neutral for name, value in zip(names, values, strict=True))
+    def of(values: Sequence[int], neutral: int) -> tuple[int, ...]:
+        return tuple(value if number in own else neutral for number, value in enumerate(values))
 
-    return Convolution(weight.contiguous(), of(conv.stride, 1), of(conv.padding, 0), of(conv.dilation, 1), groups)
+    kernel = of(conv.kernel, 1)
+    weight = weight.reshape(*weight.shape[:2], *kernel).to(conv.weight.dtype).contiguous()
+    made = Convolution(weight, of(conv.stride, 1), of(conv.padding, 0), of(conv.dilation, 1), groups)
+    return replace(made, spread=of(conv.spread, 1), more=of(conv.more, 0)) if conv.spread and own else made
 
 
 def _multiples(most: int, multiple: int) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..network.columns import MATRIX_LAYERS, groups_of, input_rows
+from ..network.columns import groups_of, input_rows
 from ..network.frontier import Frontier
 from ..network.lower import PRODUCTS
 from ..network.network import Network
@@ -66,7 +66,8 @@ class Weight:
         if self.layout == "rows":
             parts = tensor.reshape(self.groups, self.shape[0] // self.groups, self.inputs, self.kernel)
         else:
-            parts = tensor.reshape(self.groups, self.inputs, self.shape[1], self.kernel).transpose(1, 2)
+            # A transposed convolution is a convolution with the kernel turned round.
+            parts = tensor.reshape(self.groups, self.inputs, self.shape[1], self.kernel).transpose(1, 2).flip(-1)
         return self.ordered(parts).contiguous()
 
     def ordered(self, parts: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class Weight:
     def tensor(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`matrix`."""
         parts = matrix.unflatten(2, (self.kernel, self.inputs)).transpose(2, 3) if self.inputs_last else matrix.unflatten(2, (self.inputs, -1))
-        return (parts if self.layout == "rows" else parts.transpose(1, 2)).reshape(self.shape)
+        return (parts if self.layout == "rows" else parts.flip(-1).transpose(1, 2)).reshape(self.shape)
 
 
 def weights_of(network: Network) -> list[Weight]:
@@ -146,16 +147,6 @@ def replace_weight(network: Network, weight: Weight, matrix: Tensor) -> None:
 
 
 # Errors ----------------------------------------------------------------------------------------------------------------------------
-
-
-def can_unfold(network: Network, weight: Weight) -> bool:
-    """Whether the inputs of all layers that read it can be had as columns."""
-    nodes = [node for node in network.graph.nodes if node.name in weight.readers]
-    return all(node.target in PRODUCTS or (node.target in MATRIX_LAYERS and not isinstance(_padding(node), str)) for node in nodes)
-
-
-def _padding(node: fx.Node) -> object:
-    return node.args[4] if len(node.args) > 4 else node.kwargs.get("padding", 0)
 
 
 def columns_of(weight: Weight, node: fx.Node, x: Tensor, tensor: Tensor, visit: int) -> Tensor:

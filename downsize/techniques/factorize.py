@@ -39,7 +39,7 @@ class Factorize:
             share ``energy`` of its centred output's energy) or ``evbmf`` (the ranks that variational Bayes finds in the weights).
         forms: of convolutions: ``channel`` (kernel to few channels, then 1 x 1), ``spatial`` (k x 1, then 1 x k), ``tucker`` (1 x 1, kernel,
             1 x 1), ``separable`` (depthwise, then 1 x 1), ``tensor_train`` (1 x 1, k x 1, 1 x k, 1 x 1: few weights), ``cp`` (1 x 1, depthwise
-            k x 1 and 1 x k, 1 x 1).
+            k x 1 and 1 x k, 1 x 1). Transposed ones and those in three directions have them, too.
         what: kinds of layers: ``linear``, ``conv``, ``embedding`` (rows weigh as often as they are looked up in the calibration data).
         multiple: ranks are multiples of this, where there is room for four; kernels work in blocks of 8 or 16.
         joint: linear layers that read the same value (queries, keys and values) may share their first factor, where that is better.

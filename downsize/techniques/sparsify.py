@@ -17,7 +17,7 @@ from ..network.network import Network, batch_of
 from ..network.statistics import Pieces
 from ..numerics.sparsity import Pattern
 from ..pruning.sparsifying import Solved, Wanted, by_magnitude, solve, spread
-from ..pruning.weights import Errors, Weight, can_unfold, ends, replace_weight, weights_of
+from ..pruning.weights import Errors, Weight, ends, replace_weight, weights_of
 from ..spec import frozen
 from ..task import Task
 from ..training.choosing import better
@@ -175,7 +175,7 @@ class Sparsify:
 
     def _solve(self, network: Network, weight: Weight, wanted: Wanted, errors: Errors | None) -> Solved:
         matrix = weight.matrix(network.tensor(weight.name).detach())
-        if errors is None or matrix.shape[2] > LARGEST_COLUMNS or not can_unfold(network, weight):
+        if errors is None or matrix.shape[2] > LARGEST_COLUMNS:
             return by_magnitude(matrix, wanted)
         fit, held = errors(weight)
         return solve(matrix, wanted, fit, held, METHODS if self.method == "auto" else (self.method,), self.polish)

@@ -44,7 +44,7 @@ class LearnedRanks(Hook):
         if learner.step % every == 0:
             with torch.no_grad():
                 products = self._nearest(learner.network)
-            self.wanted = {one.layer.name: composed(one).to(one.layer.dense.weight) for one in products}
+            self.wanted = {one.layer.name: one.layer.dense.stored(composed(one)).to(one.layer.dense.weight) for one in products}
 
     def penalty(self, learner: Learner) -> Tensor | None:
         strength = WEAKEST * (STRONGEST / WEAKEST) ** learner.share
