@@ -307,3 +307,20 @@ def test_what_cannot_be_done_is_said():
     _, lstm = specimen("lstm")
     with pytest.raises(TaskError, match="no layers of the kinds conv"):
         Factorize(macs=0.9, what=("conv",))(lstm, task)
+    with pytest.raises(AllocationError, match=r"where no factors can stand \(lstm: aten.lstm.input has no factored form here\)"):
+        Factorize(macs=0.1)(lstm, task_of(specimen("lstm")[0], BY_NAME["lstm"].inputs(2)))
+
+
+def test_the_projections_of_attention_over_another_sequence_are_layers():
+    """torch keeps the weights of queries, keys and values in one tensor, of which the graph takes parts."""
+    torch.manual_seed(0)
+    parts = {"attention": nn.MultiheadAttention(16, 2, batch_first=True), "last": nn.Linear(16, 4)}
+    model = Net(lambda net, x: net.last(net.attention(x[:, :3], x, x, need_weights=False)[0]), **parts).eval()
+    example = torch.zeros(2, 9, 16)
+    network = capture(model, example)
+    made = check_technique(Factorize(ratio=0.5, multiple=1), network, task_of(model, example))
+    told = made.origin["factorized"]
+    assert {name for name, note in told.items() if note.startswith("matrix")} >= {"attention.in_proj_weight_0", "attention.in_proj_weight_1"}
+    assert not any(str(note).startswith("left") for note in told.values())
+    sparse = Sparsify(sparsity=0.5, keep_ends=False)(network, task_of(model, example))
+    assert {"attention.in_proj_weight_0", "attention.in_proj_weight_1"} <= sparse.sparse.keys()

@@ -23,7 +23,8 @@ KINDS = {aten.linear.default: "linear", aten.embedding.default: "embedding", **d
 # A weight may have readers of both: the table of a language model that is its last layer, too (Press & Wolf, 2017, arXiv 1608.05859).
 TIED = {aten.embedding.default, aten.linear.default}
 # Of these a reason is told where they are left as they are.
-LAYERS = {*KINDS, *PRODUCTS, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
+RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
+LAYERS = {*KINDS, *PRODUCTS, *RECURRENT, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 # Operators that may transpose a matrix, and whether they do with these arguments.
 TURNS: dict[object, Callable[..., bool]] = {
     **dict.fromkeys((aten.t.default, aten.numpy_T.default, aten.mT.default), lambda: True),
@@ -63,7 +64,7 @@ def layers_of(network: Network, what: Sequence[str]) -> tuple[list[Layer], dict[
     dense: dict[int, Convolution] = {}
     left: dict[str, str] = {}
     for node in network.graph.nodes:
-        if node.target not in LAYERS or KINDS.get(node.target, what[0]) not in what:
+        if node.target not in LAYERS or KINDS.get(node.target, "linear" if node.target in RECURRENT else what[0]) not in what:
             continue
         weight = constant(network, node.args[_position(node)])
         if weight is None and node.target in PRODUCTS and node.target not in KINDS:

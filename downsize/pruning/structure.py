@@ -16,7 +16,7 @@ from ..errors import CutError, TaskError
 from ..network.columns import MATRIX_LAYERS
 from ..network.cut import Survivors
 from ..network.empty import shrunk
-from ..network.fold import fold_constants
+from ..network.fold import fold_constants, part_constants
 from ..network.judge import Judge, TailJudge
 from ..network.lineage import Lineage
 from ..network.masked import masked
@@ -138,6 +138,7 @@ def prepared(network: Network, fold: bool) -> Network:
     if any(node.target in QUANTIZERS for node in made.graph.nodes):
         raise CutError("The network is quantized already, its weights are on grids: prune first, then quantize.")
     fold_constants(made)
+    part_constants(made)
     if fold:
         drop_identities(made)
         fold_batch_norm(made)

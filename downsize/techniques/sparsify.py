@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from ..errors import SpecError, TaskError
-from ..network.fold import fold_constants
+from ..network.fold import fold_constants, part_constants
 from ..network.network import Network, batch_of
 from ..network.statistics import Pieces
 from ..numerics.sparsity import Pattern
@@ -99,6 +99,7 @@ class Sparsify:
         if any(node.target in QUANTIZERS for node in made.graph.nodes):
             raise TaskError("The network is quantized already, its weights are on grids: sparsify first, then quantize.")
         fold_constants(made)
+        part_constants(made)
         if self.train:
             trained = self._trained(made, task, Training() if self.train is True else self.train)
             return better(task, trained, lambda: replace(self, train=False, growth="none")(network, task))
