@@ -29,6 +29,8 @@ T = TypeVar("T")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _STEP = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)\s*(?:\((.*)\))?", re.DOTALL)
 _FIELD = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.+)", re.DOTALL)
+# As YAML spells them, and the documentation.
+_WORDS = {"true": True, "false": False, "none": None, "null": None}
 _QUANTITY = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+) ?(?:%|[A-Za-z]+)", re.ASCII)
 _TOKEN = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|.", re.DOTALL)
 
@@ -119,6 +121,8 @@ def _parse_step(piece: str, text: str) -> Call:
 def _parse_value(text: str, piece: str) -> Any:
     if _QUANTITY.fullmatch(text):
         return text
+    if text in _WORDS:
+        return _WORDS[text]
     try:
         with warnings.catch_warnings():  # an escape such as '\d' only warns in Python; it reads as written
             warnings.simplefilter("ignore")

@@ -190,3 +190,8 @@ def test_the_constructor_refuses_in_the_same_words():
         Bake(mode="hot")  # pyright: ignore[reportArgumentType]
     with pytest.raises(SpecError, match=re.escape("Bake has no field 'degree'; did you mean 'degrees'?")):
         Bake(degree=3)  # pyright: ignore[reportCallIssue]
+
+
+def test_truth_may_be_spelled_as_in_yaml():
+    (step,) = parse("a(x=true, y=false, z=none, w='true')")
+    assert step.fields == {"x": True, "y": False, "z": None, "w": "true"}
