@@ -82,15 +82,15 @@ def test_a_table_in_another_form_is_copied_whole(monkeypatch):
 
 
 def test_a_file_has_the_same_bytes_when_it_is_traced_briefly_and_torch_is_as_before(tmp_path, monkeypatch):
-    from torch import fx
     from torch._export import utils
+    from torch.fx import config
 
     lists, own = [], utils._materialize_cpp_cia_ops
     monkeypatch.setattr(utils, translations.LISTING, lambda: lists.append(1) or own())
     counting, network = utils._materialize_cpp_cia_ops, capture(pooled(3), torch.zeros(2, 1, 8, 8))
     lists.clear()
     write(network, tmp_path / "briefly.onnx")
-    assert len(lists) == 1 and utils._materialize_cpp_cia_ops is counting and not fx.config.do_not_emit_stack_traces
+    assert len(lists) == 1 and utils._materialize_cpp_cia_ops is counting and not config.do_not_emit_stack_traces
     monkeypatch.setattr(onnx_file, "traced_briefly", contextlib.nullcontext)
     write(network, tmp_path / "in full.onnx")
     assert len(lists) > 10
