@@ -102,7 +102,7 @@ def test_adaptive_average_of_an_open_size_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.slow
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(networks())
 def test_random_networks_are_captured(specimen):
     model, network = made(specimen)

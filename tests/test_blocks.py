@@ -278,10 +278,10 @@ def test_what_a_block_saves_is_what_the_cost_falls_by(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_BLOCKS)
 def test_every_specimen_obeys_the_contract_without_a_block(name, tmp_path):
+    """Of one specimen without its first block, of the next without its last."""
     model, network = specimen(name)
-    found = blocks(network)
-    for block in {found[0], found[-1]}:
-        check_technique(lambda network, task, block=block: bypass(network, [block.name]), network, task_of(model, BY_NAME[name].inputs(2)), tmp_path)
+    block = blocks(network)[-(WITH_BLOCKS.index(name) % 2)]
+    check_technique(lambda network, task: bypass(network, [block.name]), network, task_of(model, BY_NAME[name].inputs(2)), tmp_path)
 
 
 @pytest.mark.parametrize("name", WITHOUT_BLOCKS)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_nets import Net
 from torch import Tensor, fx, nn
@@ -37,6 +37,7 @@ def unfolded(layer: nn.Module, x: Tensor, visit: int = 0) -> tuple[Tensor, Tenso
     return found[0]
 
 
+@settings(max_examples=50)
 @given(
     st.sampled_from([1, 2]),
     st.sampled_from([1, 2, 4]),

@@ -116,9 +116,8 @@ def test_attention(name, runtime, tmp_path):
 
 
 @pytest.mark.slow
-@every_runtime
 @pytest.mark.parametrize("name", ["swin", "t5"])
-def test_models_whose_attention_the_exporter_itself_refuses(name, runtime, tmp_path):
+def test_models_whose_attention_the_exporter_itself_refuses(name, tmp_path):
     hf = pytest.importorskip("transformers")
     if name == "swin":
         config = hf.SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4, num_labels=5)
@@ -128,7 +127,9 @@ def test_models_whose_attention_the_exporter_itself_refuses(name, runtime, tmp_p
         inputs = {"input_ids": torch.randint(0, 50, (2, 7))}
     network = capture(model.eval(), inputs)
     write(network, tmp_path / "m.onnx")
-    assert_same(network, tmp_path / "m.onnx", inputs, runtime)
+    for runtime in RUNTIMES:
+        if RUNTIMES[runtime].missing() is None:
+            assert_same(network, tmp_path / "m.onnx", inputs, runtime)
 
 
 # Names and structure --------------------------------------------------------------------------------------------------------------

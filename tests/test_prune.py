@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_nets import Net, conv, like, task_of
 from torch import Tensor, nn
-from zoo import BY_NAME, block, head, shake
+from zoo import BY_NAME, block, head, shake, specimen
 
 from downsize.errors import AllocationError, CutError, SpecError, TaskError
 from downsize.network.capture import capture
@@ -279,11 +279,9 @@ def test_a_quantized_network_is_refused():
 @pytest.mark.parametrize("name", ["vit", "bert", "llama", "segformer", "unet", "dense", "gpt2", "lstm", "shuffle", "tied", "text"])
 @pytest.mark.slow
 def test_the_zoo_is_pruned(name: str):
-    specimen = BY_NAME[name]
-    model = specimen.make()
-    data = [(specimen.inputs(4), None), *((specimen.inputs(batch), None) for batch in (3, 5, 6))]
-    task = Task(model, specimen.inputs(2), {"calibrate": lambda: data})
-    network = capture(model, specimen.inputs(2))
+    (model, network), inputs = specimen(name), BY_NAME[name].inputs
+    data = [(inputs(batch), None) for batch in (4, 3, 5, 6)]
+    task = Task(model, inputs(2), {"calibrate": lambda: data})
     kinds = {axis.kind for axis in Lineage(network).axes}
     what = tuple(kind for kind in ("channels", "heads", "neurons") if kind in kinds) or tuple(sorted(kinds))
     made = check_technique(Prune(macs=0.8, what=what, multiple=2), network, task)  # type: ignore[arg-type]
