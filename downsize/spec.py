@@ -30,7 +30,7 @@ _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _STEP = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)\s*(?:\((.*)\))?", re.DOTALL)
 _FIELD = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.+)", re.DOTALL)
 # As YAML spells them, and the documentation.
-_WORDS = {"true": True, "false": False, "none": None, "null": None}
+_WORDS = {"true": True, "false": False}
 _QUANTITY = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+) ?(?:%|[A-Za-z]+)", re.ASCII)
 _TOKEN = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|.", re.DOTALL)
 

@@ -23,6 +23,7 @@ from downsize.structure import flatten
 from downsize.testing import loaded_equals_live
 
 WITH_ATTENTION = ["bert", "detr", "distilbert", "gpt2", "llama", "qwen3", "segformer", "swin", "t5", "vit", "wav2vec2", "whisper_encoder", "yolos"]
+WRITTEN_ELSEWHERE = {"bert", "gpt2", "llama", "segformer", "swin", "t5", "vit"}
 EVERY = [*(one.name for one in HAND_WRITTEN), *(pytest.param(name, marks=pytest.mark.slow) for name in TRANSFORMERS)]
 
 
@@ -54,9 +55,9 @@ def test_loaded_equals_live(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in WITH_ATTENTION])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in WRITTEN_ELSEWHERE])
 def test_runs_in_onnxruntime(name, tmp_path):
-    """Those with attention: in plain operators below; fused, and cut besides, in test_cut_zoo.py; written as they are, in test_onnx_file.py."""
+    """The others in test_onnx_file.py."""
     assert_file_runs(architecture(name)[1], ARCHITECTURES[name], tmp_path / "model.onnx")
 
 

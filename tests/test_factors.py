@@ -171,6 +171,14 @@ def test_a_weight_that_two_calls_use_is_factored_once():
     assert_close(made.predict(like(torch.zeros(2, 9, dtype=torch.int64), 3, 0)), network.predict(like(torch.zeros(2, 9, dtype=torch.int64), 3, 0)))
 
 
+def test_a_weight_stays_where_one_of_its_layers_has_a_computed_bias():
+    def forward(net: Net, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(torch.tanh(nn.functional.linear(x, net.w, net.b)), net.w, net.b * x.mean())
+
+    network = plain(Net(forward, w=weight(6, 6), b=weight(6)), torch.zeros(2, 6))
+    assert layers_of(network, KINDS) == ([], {"w": "its bias is computed"})
+
+
 def test_products_with_a_constant_become_linear_layers():
     x = torch.randn(5, 4)
     network = capture(Net(lambda net, x: torch.addmm(net.b, x, net.a) @ net.c, a=weight(4, 7), b=weight(7), c=weight(7, 3)).eval(), x)

@@ -361,7 +361,7 @@ def test_transposed_convolutions_and_those_in_three_directions_are_solved_for():
 
 
 def test_the_error_of_a_transposed_convolution_is_that_of_its_outputs():
-    """Oracle: torch's layer with the sparse weight, less each channel's mean nothing: the sum of squares on the data to judge by."""
+    """Oracle: the squared error of torch's layer with the sparse weight, relative to its outputs."""
     torch.manual_seed(0)
     layer = nn.ConvTranspose2d(6, 4, 3, 2, 1, 1, groups=2, bias=False).eval()
     x = torch.randn(8, 6, 7, 7)

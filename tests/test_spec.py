@@ -193,5 +193,5 @@ def test_the_constructor_refuses_in_the_same_words():
 
 
 def test_truth_may_be_spelled_as_in_yaml():
-    (step,) = parse("a(x=true, y=false, z=none, w='true')")
-    assert step.fields == {"x": True, "y": False, "z": None, "w": "true"}
+    (step,) = parse("a(x=true, y=false, w='true')")
+    assert step.fields == {"x": True, "y": False, "w": "true"}

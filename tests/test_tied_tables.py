@@ -62,7 +62,7 @@ def language() -> tuple[Network, Task]:
 
 
 def test_the_spectrum_is_that_of_the_weighed_table():
-    """Oracle: numpy's singular values of the table, rows and columns weighed as documented; what is lost is what they leave out."""
+    """Oracles: numpy's singular values of the table, rows and columns weighed as documented; the errors of both outputs, made."""
     generator = np.random.default_rng(0)
     table, inputs = generator.normal(size=(30, 8)), generator.normal(size=(200, 8)) * np.arange(1, 9) + 3
     counts = generator.integers(1, 50, 30).astype(float)
@@ -73,13 +73,18 @@ def test_the_spectrum_is_that_of_the_weighed_table():
     weighed = np.sqrt((counts / counts.mean() + 1) / 2)[:, None] * table @ np.linalg.cholesky(columns)
     values = np.linalg.svd(weighed, compute_uv=False)
     np.testing.assert_allclose(found.values.numpy(), values, rtol=1e-7)
-    np.testing.assert_allclose(found.lost.numpy(), values**2, rtol=1e-6)
-    for rank in (0, 3, 8):
+    tokens = np.repeat(np.arange(30), counts.astype(int))
+    looked_up, scores = table[tokens], inputs @ table.T
+    for rank in range(9):
         first, second, shift = (part.numpy() for part in found.factors(rank))
-        missed = table - second @ first
-        np.testing.assert_allclose(shift, missed @ inputs.mean(0), atol=1e-8)
-        lost = np.square(np.sqrt((counts / counts.mean() + 1) / 2)[:, None] * missed @ np.linalg.cholesky(columns)).sum()
-        assert found.error(rank) == pytest.approx(lost / np.square(weighed).sum(), abs=1e-9)
+        smaller = second @ first
+        np.testing.assert_allclose(shift, (table - smaller) @ inputs.mean(0), atol=1e-8)
+        # Those of the two outputs, on the data.
+        errors = [
+            np.square(looked_up - smaller[tokens]).sum() / np.square(looked_up - looked_up.mean(0)).sum(),
+            np.square(scores - inputs @ smaller.T - shift).sum() / np.square(scores - scores.mean(0)).sum(),
+        ]
+        assert found.error(rank) == pytest.approx(np.mean(errors), abs=1e-9)
 
 
 def test_without_data_it_is_the_tables_own():

@@ -49,8 +49,10 @@ class Stage:
     def shape(self, dtype: torch.dtype, has_bias: bool) -> LayerShape:
         """It as a runtime sees it."""
         name = str(dtype).removeprefix("torch.")
-        weight, outputs = self.factor.stored(self.factor.weight), (len(self.factor.weight),)
-        operands = [Operand(self.x, name, False), Operand(tuple(weight.shape), name, True), *([Operand(outputs, name, True)] if has_bias else [])]
+        outputs, inputs, *kernel = self.factor.weight.shape
+        groups = self.factor.groups
+        weight = (inputs * groups, outputs // groups, *kernel) if self.factor.spread else (outputs, inputs, *kernel)
+        operands = [Operand(self.x, name, False), Operand(weight, name, True), *([Operand((outputs,), name, True)] if has_bias else [])]
         graph = fx.Graph()
         nodes = [graph.placeholder(f"operand{number}") for number in range(len(operands))]
         arguments = (*nodes, *([] if has_bias else [None]), *geometry(self.factor))

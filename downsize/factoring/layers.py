@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ..network.columns import MATRIX_LAYERS
+from ..network.columns import MATRIX_LAYERS, can_unfold, each
 from ..network.lower_weights import PRODUCTS
 from ..network.memory import is_written
 from ..network.network import Network
@@ -22,8 +22,9 @@ from ..numerics.lowrank_convolutions import Convolution, transposed
 KINDS = {aten.linear.default: "linear", aten.embedding.default: "embedding", **dict.fromkeys(CONVOLUTIONS | TRANSPOSED, "conv")}
 # A weight may have readers of both: the table of a language model that is its last layer, too (Press & Wolf, 2017, arXiv 1608.05859).
 TIED = {aten.embedding.default, aten.linear.default}
+CELLS = (aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
+RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input, *CELLS}
 # Of these a reason is told where they are left as they are.
-RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 LAYERS = {*KINDS, *PRODUCTS, *RECURRENT, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 # Operators that may transpose a matrix, and whether they do with these arguments.
 TURNS: dict[object, Callable[..., bool]] = {
@@ -38,7 +39,7 @@ class Layer:
     """A linear layer, convolution or embedding, or several nodes that use one weight in the same way.
 
     ``readers``: the names of the nodes, in the graph's order; ``dense``: what they compute, a linear layer or table as a convolution
-    without a kernel, weight [outputs, inputs] (of a table [tokens, width]). ``shifts``: it has a bias, or may be given one.
+    without a kernel, weight [outputs, inputs] (of a table [tokens, width]); of a table and the linear layer that has its weight the same.
     """
 
     name: str
@@ -71,7 +72,7 @@ def layers_of(network: Network, what: Sequence[str]) -> tuple[list[Layer], dict[
             continue  # a product of two activations
         reason = _reason(network, node, weight, readings.get(id(weight), []), what)
         if reason:
-            left.setdefault(node.name if weight is None else str(weight_node(node).target), reason)
+            left.setdefault(node.name if weight is None or node.target in RECURRENT else str(weight_node(node).target), reason)
         elif (id(weight), KINDS[node.target]) not in found:
             readers = sorted((one for one in readings[id(weight)] if one.target is node.target), key=rank.__getitem__)
             same = dense.setdefault(id(weight), _dense(node, weight))
@@ -108,21 +109,22 @@ def _reason(network: Network, node: fx.Node, weight: Tensor | None, readers: Seq
     if names & network.sparse.keys():
         return "the zeros of its weight must stay: factorize first, then sparsify"
     operators = {one.target for one in readers}
-    if len(operators) > 1 and (operators != TIED or not all(_reads_as_weight(network, one, weight) for one in readers)):
+    alike = len(operators) == 1 or operators == TIED
+    if not alike or any(constant(network, weight_node(one)) is not weight for one in readers):
         return "its weight is read in other ways, too"
     if not {KINDS[operator] for operator in operators} <= set(what):
         return "its weight is a table and a linear layer's in one: what must name both kinds"
-    peers = [one for one in readers if one.target is node.target]
-    if any(constant(network, weight_node(one)) is not weight or one.args[3:] != node.args[3:] for one in peers):
+    if any(one.args[3:] != node.args[3:] for one in readers if one.target is node.target):
         return "its weight is read in other ways, too"
-    bias = None if node.target is aten.embedding.default else argument(node, 2, "bias")
-    return "its bias is computed" if bias is not None and constant(network, bias) is None else ""
+    if not all(_is_given(network, one) for one in readers):
+        return "its bias is computed"
+    return "" if KINDS[node.target] != "conv" or can_unfold(node) else "its sizes are computed"
 
 
-def _reads_as_weight(network: Network, node: fx.Node, weight: Tensor) -> bool:
-    """Whether a linear layer, with a bias that is no other value, or an embedding has it as its weight."""
+def _is_given(network: Network, node: fx.Node) -> bool:
+    """Whether a layer has no bias or one that is a constant."""
     bias = None if node.target is aten.embedding.default else argument(node, 2, "bias")
-    return constant(network, weight_node(node)) is weight and (bias is None or constant(network, bias) is not None)
+    return bias is None or constant(network, bias) is not None
 
 
 def _dense(node: fx.Node, weight: Tensor) -> Convolution:
@@ -132,16 +134,11 @@ def _dense(node: fx.Node, weight: Tensor) -> Convolution:
     if node.target in TRANSPOSED:
         options = (("stride", 1), ("padding", 0), ("output_padding", 0), ("groups", 1), ("dilation", 1))
         stride, padding, more, groups, dilation = (argument(node, 3 + place, *option) for place, option in enumerate(options))
-        return transposed(weight.detach(), _each(stride, dims), _each(padding, dims), _each(more, dims), int(groups), _each(dilation, dims))
+        return transposed(weight.detach(), each(stride, dims), each(padding, dims), each(more, dims), int(groups), each(dilation, dims))
     stride, padding, dilation = (
-        _each(argument(node, place, name, default), dims) for place, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+        each(argument(node, place, name, default), dims) for place, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
     )
     return Convolution(weight.detach(), stride, padding, dilation, int(argument(node, 6, "groups", 1)))
-
-
-def _each(value: object, dims: int) -> tuple[int, ...]:
-    values = [value] if isinstance(value, int) else list(value)
-    return tuple(values * dims if len(values) == 1 else values)
 
 
 def joined(network: Network, layers: Sequence[Layer]) -> list[tuple[Layer, ...]]:
@@ -184,7 +181,6 @@ def say_as_linear(network: Network) -> None:
         weight = add_constant(network, part_name(network, name, "transposed"), turned, node)
         node.args = (node.args[source], weight, *([node.args[at_bias]] if at_bias is not None else []))
         node.target = aten.linear.default
-    network.graph.eliminate_dead_code()
     network.recompile()
 
 

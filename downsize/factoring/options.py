@@ -19,7 +19,8 @@ MOST_WAYS = 48
 class Option:
     """One way to do ``layers`` together.
 
-    form: ``dense`` (as they are), ``matrix`` (two factors, several layers with the same first one), ``table``, or the form of a convolution.
+    form: ``dense`` (as they are), ``matrix`` (two factors, several layers with the same first one), ``table``, ``tied`` (a table and the linear
+    layer that has its weight), or the form of a convolution.
     ranks: of that form. own: the squared error of the layers' outputs, as a part of their energy, in the unchanged network. cost: in the
     measure asked for. error: of the network's outputs, in the currency of all layers.
     """

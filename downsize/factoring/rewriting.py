@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from ..network.network import Network
 from ..network.rewrite import add_constant, argument, aten, constant, set_bias
 from ..numerics.lowrank_convolutions import Convolution
+from ..numerics.transposed import cropped
 from .layers import Layer, input_node, part_name
 
 PLACES = ("first", "second", "third", "fourth", "fifth")
@@ -110,5 +111,5 @@ def geometry(factor: Convolution) -> tuple[object, ...]:
         return ()
     if not factor.spread:
         return (list(factor.stride), list(factor.padding), list(factor.dilation), factor.groups)
-    cropped = [d * (k - 1) - p for k, p, d in zip(factor.kernel, factor.padding, factor.dilation, strict=True)]
-    return (list(factor.spread), cropped, list(factor.more), factor.groups, list(factor.dilation))
+    padding = cropped(factor.kernel, factor.padding, factor.dilation)
+    return (list(factor.spread), list(padding), list(factor.more), factor.groups, list(factor.dilation))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from ..numerics.transposed import cropped
 from .rewrite import TRANSPOSED, argument, aten
 
 # The layers that this file can unfold.
@@ -40,6 +41,15 @@ def weight_from_matrix(matrix: Tensor, shape: torch.Size) -> Tensor:
     return matrix.reshape(shape)
 
 
+def can_unfold(node: fx.Node) -> bool:
+    """Whether :func:`input_rows` can tell what the node's weight is multiplied with: a layer whose stride, padding and so on are numbers."""
+    return node.target in DIRECTIONS and not any(value is not None and not _is_plain(value) for value in [*node.args[3:], *node.kwargs.values()])
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, (list, tuple)) and all(isinstance(one, int) for one in value))
+
+
 def input_rows(node: fx.Node, args: tuple[Any, ...], groups: int, visit: int) -> Tensor:
     """What a layer's weight matrix is multiplied with: [groups, columns, positions]. Large images give one window, another at each visit.
 
@@ -50,30 +60,32 @@ def input_rows(node: fx.Node, args: tuple[Any, ...], groups: int, visit: int) ->
     if node.target is aten.linear.default:
         return x.reshape(1, -1, x.shape[-1]).mT
     x = x if x.dim() == weight.dim() else x[None]
-    kernel, dims = weight.shape[2:], weight.dim() - 2
-    turned = node.target in TRANSPOSED
+    kernel, dims, turned = weight.shape[2:], weight.dim() - 2, node.target in TRANSPOSED
     places = (("stride", 3, 1), ("padding", 4, 0), ("dilation", 7 if turned else 5, 1), ("output_padding", 5, 0))
-    stride, padding, dilation, more = (_each(argument(node, place, name, default), dims) for name, place, default in places)
-    if turned:
-        x = spread_out(x, stride, more)
-        stride, padding = (1,) * dims, tuple(d * (k - 1) - p for k, p, d in zip(kernel, padding, dilation, strict=True))
-    x = functional.pad(x, [amount for one in reversed(padding) for amount in (one, one)])
+    stride, padding, dilation, more = (each(argument(node, place, name, default), dims) for name, place, default in places)
+    spread, step, around = (stride, (1,) * dims, cropped(kernel, padding, dilation)) if turned else ((1,) * dims, stride, padding)
     spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     for d in range(dims):
-        outputs, window = (x.shape[2 + d] - spans[d]) // stride[d] + 1, window_of(dims)
-        if outputs > window:
-            x = x.narrow(2 + d, _first(outputs, visit, window) * stride[d], (window - 1) * stride[d] + spans[d])
+        places_there = (x.shape[2 + d] - 1) * spread[d] + 1 + (more[d] if turned else 0) + 2 * around[d]
+        outputs = (places_there - spans[d]) // step[d] + 1
+        side = min(outputs, window_of(dims, spread[d]))
+        first = _first(outputs, visit, side) * step[d] - around[d]
+        x = _part(x, 2 + d, first, first + (side - 1) * step[d] + spans[d], spread[d])
     if dims == 1:  # a 1-D convolution is a 2-D one of height 1
-        x, kernel, dilation, stride = x[:, :, None], (1, *kernel), (1, *dilation), (1, *stride)
-    columns = functional.unfold(x, kernel, dilation=dilation, stride=stride) if dims < 3 else _unfolded(x, spans, dilation, stride)
+        x, kernel, dilation, step = x[:, :, None], (1, *kernel), (1, *dilation), (1, *step)
+    columns = functional.unfold(x, kernel, dilation=dilation, stride=step) if dims < 3 else _unfolded(x, spans, dilation, step)
     return columns.reshape(columns.shape[0], groups, -1, columns.shape[2]).permute(1, 2, 0, 3).flatten(2)
 
 
-def spread_out(x: Tensor, spread: Sequence[int], more: Sequence[int]) -> Tensor:
-    """The values of [batch, channels, *positions] so many positions apart, zeros between them and ``more`` zeros behind them."""
-    made = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 + m for n, s, m in zip(x.shape[2:], spread, more, strict=True)))
-    slots = tuple(slice(0, (n - 1) * s + 1, s) for n, s in zip(x.shape[2:], spread, strict=True))
-    made[(slice(None), slice(None), *slots)] = x
+def _part(x: Tensor, dim: int, start: int, stop: int, spread: int) -> Tensor:
+    """The places from ``start`` to ``stop`` along a dimension whose values stand ``spread`` places apart, the first at place 0, zeros elsewhere."""
+    if spread == 1 and start >= 0 and stop <= x.shape[dim]:
+        return x.narrow(dim, start, stop - start)
+    first, last = -(-max(start, 0) // spread), (min(stop, (x.shape[dim] - 1) * spread + 1) - 1) // spread
+    made = x.new_zeros(*x.shape[:dim], stop - start, *x.shape[dim + 1 :])
+    if last >= first:
+        slots = slice(first * spread - start, last * spread - start + 1, spread)
+        made[(slice(None),) * dim + (slots,)] = x.narrow(dim, first, last - first + 1)
     return made
 
 
@@ -94,10 +106,10 @@ def output_rows(node: fx.Node, value: Tensor, groups: int, visit: int) -> Tensor
     if node.target is aten.linear.default:
         return value.reshape(1, -1, value.shape[-1]).mT
     value = value if channel_axis(node, value.dim()) else value[None]
-    window = window_of(value.dim() - 2)
+    spread = each(argument(node, 3, "stride", 1), value.dim() - 2) if node.target in TRANSPOSED else (1,) * (value.dim() - 2)
     for d in range(2, value.dim()):
-        if value.shape[d] > window:
-            value = value.narrow(d, _first(value.shape[d], visit, window), window)
+        side = min(value.shape[d], window_of(value.dim() - 2, spread[d - 2]))
+        value = value.narrow(d, _first(value.shape[d], visit, side), side)
     return value.flatten(2).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
@@ -107,9 +119,10 @@ def channel_axis(node: fx.Node, dims: int) -> int:
     return dims - 1 - DIRECTIONS[node.target]
 
 
-def window_of(dims: int) -> int:
-    """Output positions a side of the window, for so many directions: about as many in three as in two."""
-    return WINDOW if dims < 3 else SMALL_WINDOW
+def window_of(dims: int, spread: int = 1) -> int:
+    """Output positions a side of the window, for so many directions: about as many in three as in two; never fewer than inputs are apart, so
+    that it meets every position of a kernel."""
+    return max(WINDOW if dims < 3 else SMALL_WINDOW, spread)
 
 
 def _first(outputs: int, visit: int, window: int) -> int:
@@ -117,6 +130,7 @@ def _first(outputs: int, visit: int, window: int) -> int:
     return (visit * 7919) % (outputs - window + 1)
 
 
-def _each(value: Any, dims: int) -> tuple[int, ...]:
+def each(value: Any, dims: int) -> tuple[int, ...]:
+    """A number for each direction, from torch's one for all or list."""
     values = [value] if isinstance(value, int) else list(value)
     return tuple(values * dims if len(values) == 1 else values)

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, fx
 
-from .columns import MATRIX_LAYERS, channel_axis
+from .columns import MATRIX_LAYERS, can_unfold, channel_axis
 from .network import Network
 from .rewrite import IDENTITIES, argument, aten, constant, only_user, set_constant
 from .statistics import shapes
@@ -123,12 +123,14 @@ class _Pair:
     def reason(self, layer: fx.Node) -> str:
         """Why a node is no layer that can be refitted; empty where it is one."""
         if layer.target not in MATRIX_LAYERS:
-            return "it is neither a linear layer nor a 1-D or 2-D convolution"
+            return "it is neither a linear layer nor a convolution"
         weight, bias = layer.args[1], argument(layer, 2, "bias")
         if constant(self.student, weight) is None or (bias is not None and constant(self.student, bias) is None):
             return "its weight or bias is computed"
         if len(weight.users) > 1 or self.readings.count(id(constant(self.student, weight))) > 1:
             return "others read its weight too"
+        if not can_unfold(layer):
+            return "its sizes are computed"
         twin = self.twins.get(layer.name)
         return "" if twin is not None and twin.target is layer.target else "the teacher has no such layer"
 

@@ -187,6 +187,9 @@ def of_tied(table: Tensor, counts: Tensor, gram: Tensor | None = None, damping: 
     3.928, 3.689 and 3.658 of 3.650, ten rounds of alternating least squares on the sum 3.916, 3.688 and 3.658, the singular values of the
     table alone 3.961, 3.702 and 3.662.)
 
+    The errors are the mean of the two outputs' own: of what is looked up, as often as it is, and of the scores, both as parts of the centred
+    outputs' energies.
+
     Args:
         counts: [rows], how often each row was looked up. gram, damping: see :func:`spectrum`, of what the linear layer reads.
 
@@ -201,8 +204,21 @@ def of_tied(table: Tensor, counts: Tensor, gram: Tensor | None = None, damping: 
     columns = (read / read.diagonal().mean() + alike) / 2
     rows = ((often / often.mean() + 1) / 2).sqrt()
     scaled = table.double() * rows[:, None]
-    left, values, lost = directions(scaled, columns, columns)
-    return Spectrum(left / rows[:, None], values, left.mT @ scaled, mean, float((scaled @ columns * scaled).sum()), lost, 1.0)
+    left, values, _ = directions(scaled, columns, columns)
+    left, right = left / rows[:, None], left.mT @ scaled
+    # With left right = the table, what ranks from r on leave out is left[:, r:] right[r:]: its squares in either metric are sums over pairs of them.
+    looked_up = (left.mT * often) @ left * (right @ right.mT)
+    scored = left.mT @ left * (right @ covariance @ right.mT)
+    centre = (often @ table.double()).square().sum() / often.sum()
+    energies = float(looked_up.sum() - centre), float(scored.sum())
+    shares = [_behind(part) / (energy or 1.0) for part, energy in zip((looked_up, scored), energies, strict=True)]
+    errors = (shares[0] + shares[1]) / 2
+    return Spectrum(left, values, right, mean, 1.0, errors[:-1] - errors[1:], 1.0)
+
+
+def _behind(pairs: Tensor) -> Tensor:
+    """For each rank r = 0 ... k the sum of ``pairs[r:, r:]``: [k + 1]."""
+    return torch.cat([pairs.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0), pairs.new_zeros(1)])
 
 
 def energy_rank(values: Tensor, share: float) -> int:

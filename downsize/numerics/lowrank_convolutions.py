@@ -3,9 +3,9 @@
 On zero padding the factors compute just what their product computes, as a convolution without a bias keeps zeros. So the padding, the
 stride and the dilation of each direction go to the factor whose kernel has it, and only the last factor gets a bias.
 
-The solvers know two directions, y and x. Of three directions the last two are one of them, so that ``spatial`` is k x 1 x 1, then 1 x k x k.
-A transposed convolution is one over an input with zeros between its values, with the kernel turned round; the direction's zeros, too, go to
-the factor whose kernel has it.
+The solvers know two directions, y and x. Of three directions the last two are one of them, so that ``spatial`` is k x 1 x 1, then 1 x k x k
+(of a kernel 1 x k x k: 1 x k x 1, then 1 x 1 x k). A transposed convolution is one over an input with zeros between its values, with the kernel
+turned round; the direction's zeros, too, go to the factor whose kernel has it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .lowrank_cp import cp
 from .lowrank_fitting import Goal, goal_of
 from .lowrank_solvers import Solver, Weights, channel, separable, spatial, tucker
 from .lowrank_trains import tensor_train
+from .transposed import cropped, turned
 
 # Of forms with several ranks: how far apart the parts of them that are kept may be.
 SPREAD = 0.2
@@ -84,10 +85,7 @@ class Convolution:
 
     def stored(self, weight: Tensor) -> Tensor:
         """A weight as the layer has it: of a transposed convolution [inputs, outputs / groups, *kernel], the kernel turned round."""
-        if not self.spread:
-            return weight
-        parts = [part.transpose(0, 1) for part in weight.chunk(self.groups)]
-        return torch.cat(parts).flip(*range(2, weight.dim())).contiguous()
+        return turned(weight, self.groups) if self.spread else weight
 
 
 def transposed(
@@ -99,9 +97,8 @@ def transposed(
     dilation: tuple[int, ...],
 ) -> Convolution:
     """A transposed convolution as the convolution that it is, from its weight [inputs, outputs / groups, *kernel] and torch's other arguments."""
-    turned = torch.cat([part.transpose(0, 1) for part in weight.chunk(groups)]).flip(*range(2, weight.dim()))
-    around = tuple(d * (k - 1) - p for k, p, d in zip(weight.shape[2:], padding, dilation, strict=True))
-    return Convolution(turned.contiguous(), (1,) * len(around), around, dilation, groups, stride, more)
+    around = cropped(weight.shape[2:], padding, dilation)
+    return Convolution(turned(weight, groups), (1,) * len(around), around, dilation, groups, stride, more)
 
 
 def macs_of(factors: Sequence[Convolution], size: Sequence[int]) -> float:
@@ -221,12 +218,13 @@ class Form:
         """Weights, and multiply-accumulates for each output position of a large input; of the layer itself without ranks."""
         sizes = (prod(_shape(conv)),) if ranks is None else self.sizes(_shape(conv), ranks)
         parts = (("yx", False),) if ranks is None else self.parts
-        steps, macs = _along(conv, conv.spread or conv.stride), 0.0
-        ahead = 1 / prod(steps.values()) if conv.spread else prod(steps.values())
+        # By how much each direction multiplies the positions.
+        growth = _along(conv, conv.spread) if conv.spread else {axis: 1 / step for axis, step in _along(conv, conv.stride).items()}
+        before, macs = 1 / prod(growth.values()), 0.0
         for size, (axes, _) in zip(sizes, parts, strict=True):
-            step = prod(steps[axis] for axis in axes)
-            macs += size * (ahead if conv.spread else ahead / step)
-            ahead = ahead * step if conv.spread else ahead / step
+            behind = before * prod(growth[axis] for axis in axes)
+            macs += size * min(before, behind)
+            before = behind
         return float(sum(sizes)), macs
 
 

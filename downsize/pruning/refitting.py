@@ -60,7 +60,7 @@ def refit_layers(
     spans: Mapping[str, str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Refitted]:
-    """Fit weights and biases of ``student`` to ``teacher``, in place and in order: of linear layers, 1-D and 2-D convolutions whose weight is
+    """Fit weights and biases of ``student`` to ``teacher``, in place and in order: of linear layers and convolutions whose weight is
     a constant that nothing else reads.
 
     Args:

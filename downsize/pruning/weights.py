@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..network.columns import groups_of, input_rows
+from ..network.columns import can_unfold, groups_of, input_rows
 from ..network.frontier import Frontier
 from ..network.lower import PRODUCTS
 from ..network.network import Network
@@ -147,6 +147,11 @@ def replace_weight(network: Network, weight: Weight, matrix: Tensor) -> None:
 
 
 # Errors ----------------------------------------------------------------------------------------------------------------------------
+
+
+def has_columns(network: Network, weight: Weight) -> bool:
+    """Whether the inputs of all layers that read it can be had as columns."""
+    return all(node.target in PRODUCTS or can_unfold(node) for node in network.graph.nodes if node.name in weight.readers)
 
 
 def columns_of(weight: Weight, node: fx.Node, x: Tensor, tensor: Tensor, visit: int) -> Tensor:

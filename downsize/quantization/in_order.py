@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torch import Tensor, fx
 
-from ..network.columns import MATRIX_LAYERS, groups_of, weight_from_matrix, weight_matrix
+from ..network.columns import MATRIX_LAYERS, can_unfold, groups_of, weight_from_matrix, weight_matrix
 from ..network.frontier import Frontier, Joined
 from ..network.goals import goals_of
 from ..network.network import Network
@@ -90,9 +90,7 @@ def round_in_order(
 
 def _is_narrow(network: Network, layer: fx.Node) -> bool:
     weight = constant(network, layer.args[1])
-    return (
-        weight is not None and groups_of(layer) * (weight[0].numel() + 1) ** 2 <= GRAM_ELEMENTS and not isinstance(argument(layer, 4, "padding"), str)
-    )
+    return weight is not None and groups_of(layer) * (weight[0].numel() + 1) ** 2 <= GRAM_ELEMENTS and can_unfold(layer)
 
 
 def _round(network: Network, layer: fx.Node, pairs: Pairs, wanted: Format, fitted: int, refit: bool) -> Rounded:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..network.columns import groups_of, input_rows, weight_matrix
+from ..network.columns import MATRIX_LAYERS, can_unfold, groups_of, input_rows, weight_matrix
 from ..network.network import Network
-from ..network.rewrite import argument, aten, constant, set_constant
+from ..network.rewrite import constant, set_constant
 from ..network.statistics import walk
 from ..numerics.hessian import gptq
 from .insertion import FAKE, grid_of
@@ -27,7 +27,7 @@ LARGEST_COLUMNS = 1536
 def round_weights(reference: Network, quantized: Network, data: Sequence[list[Tensor]]) -> None:
     """Move the weights of ``quantized`` onto their grids by GPTQ, in place, with the inputs that the layers of ``reference`` meet.
 
-    Convolutions (1-D, 2-D, any groups) and linear layers whose weight is theirs alone; others keep rounding to nearest.
+    Convolutions (in any groups) and linear layers whose weight is theirs alone; others keep rounding to nearest.
     """
     twins = {node.name: node for node in quantized.graph.nodes}
     layers = [node for node in reference.graph.nodes if _can_round(reference, node, twins.get(node.name))]
@@ -38,13 +38,12 @@ def round_weights(reference: Network, quantized: Network, data: Sequence[list[Te
 
 
 def _can_round(network: Network, node: fx.Node, twin: fx.Node | None) -> bool:
-    if twin is None or node.target not in (aten.conv1d.default, aten.conv2d.default, aten.linear.default):
+    if twin is None or node.target not in MATRIX_LAYERS or not can_unfold(node):
         return False
     fake = twin.args[1]
     per_row = isinstance(fake, fx.Node) and fake.target is FAKE and fake.args[3] == 0
-    padded = argument(node, 4, "padding", 0)
     narrow = network.tensor(node.args[1].target)[0].numel() <= LARGEST_COLUMNS if per_row else False
-    return narrow and len(fake.users) == 1 and len(fake.args[0].users) == 1 and not isinstance(padded, str)
+    return narrow and len(fake.users) == 1 and len(fake.args[0].users) == 1
 
 
 def _shape(network: Network, node: fx.Node) -> tuple[int, int, int]:

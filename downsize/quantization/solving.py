@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx
 
-from ..network.columns import MATRIX_LAYERS, groups_of, input_rows, weight_from_matrix, weight_matrix
+from ..network.columns import MATRIX_LAYERS, can_unfold, groups_of, input_rows, weight_from_matrix, weight_matrix
 from ..network.frontier import Frontier
 from ..network.network import Network
 from ..network.rewrite import argument, constant
@@ -28,7 +28,7 @@ def solved_changes(
 ) -> dict[str, dict[K, dict[str, Tensor]]]:
     """What GPTQ makes of each weight in each of its formats (Frantar et al. 2023, arXiv 2210.17323), each with the inputs of the float network.
 
-    A bias of its own takes up the mean of the error. Weights that no linear layer or 1-D or 2-D convolution reads alone are not there.
+    A bias of its own takes up the mean of the error. Weights that no linear layer or convolution reads alone are not there.
     """
     layers = [node for node in network.graph.nodes if _is_solvable(network, node) and str(node.args[1].target) in formats]
     frontier = Frontier(network, pieces)
@@ -50,7 +50,7 @@ def _is_solvable(network: Network, layer: fx.Node) -> bool:
     name = str(layer.args[1].target)
     readers = {user for node in network.graph.nodes if node.op == "get_attr" and str(node.target) == name for user in node.users}
     narrow = groups_of(layer) * (weight[0].numel() + 1) ** 2 <= GRAM_ELEMENTS
-    return narrow and readers == {layer} and layer.args[0] is not layer.args[1] and not isinstance(argument(layer, 4, "padding"), str)
+    return narrow and readers == {layer} and layer.args[0] is not layer.args[1] and can_unfold(layer)
 
 
 def _moments(network: Network, layer: fx.Node, frontier: Frontier) -> tuple[Tensor, Tensor, int]:

@@ -34,7 +34,7 @@ class Factorize:
         macs, parameters, size, latency, ratio: how much may REMAIN; one of them. ``macs`` (multiply-accumulates, at the example's sizes),
             ``parameters``, ``size`` (bytes of the weights in their types) and ``latency`` (the summed latency of the layers on this machine,
             measured by shape) are shares of the whole network's own up to 1, above 1 absolute numbers (latency: milliseconds, of the
-            layers); ``ratio`` is the share of each layer's own multiply-accumulates (of an embedding: weights) that stays.
+            layers); ``ratio`` is the share of each layer's own multiply-accumulates (of a table: weights) that stays.
         ranks: ``ladder`` (the least error under the amount), or without an amount ``energy`` (each layer in the cheapest form that keeps the
             share ``energy`` of its centred output's energy) or ``evbmf`` (the ranks that variational Bayes finds in the weights).
         forms: of convolutions: ``channel`` (kernel to few channels, then 1 x 1), ``spatial`` (k x 1, then 1 x k), ``tucker`` (1 x 1, kernel,

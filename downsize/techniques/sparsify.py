@@ -17,7 +17,7 @@ from ..network.network import Network, batch_of
 from ..network.statistics import Pieces
 from ..numerics.sparsity import Pattern
 from ..pruning.sparsifying import Solved, Wanted, by_magnitude, solve, spread
-from ..pruning.weights import Errors, Weight, ends, replace_weight, weights_of
+from ..pruning.weights import Errors, Weight, ends, has_columns, replace_weight, weights_of
 from ..spec import frozen
 from ..task import Task
 from ..training.choosing import better
@@ -90,7 +90,7 @@ class Sparsify:
             raise SpecError("sparsify: growth='gradient' moves weights out of their runs, which a pattern forbids: expected 'none' or 'shadow'.")
 
     def __call__(self, network: Network, task: Task) -> Network:
-        """The sparse network: the same graph with other weights; ``origin["sparsified"]`` tells how each was made.
+        """The sparse network, with other weights (those read in parts alone are parted); ``origin["sparsified"]`` tells how each was made.
 
         Raises:
             TaskError: there is nothing to make sparse, the network is quantized, there is too little calibration data, or it cannot be trained.
@@ -176,7 +176,7 @@ class Sparsify:
 
     def _solve(self, network: Network, weight: Weight, wanted: Wanted, errors: Errors | None) -> Solved:
         matrix = weight.matrix(network.tensor(weight.name).detach())
-        if errors is None or matrix.shape[2] > LARGEST_COLUMNS:
+        if errors is None or matrix.shape[2] > LARGEST_COLUMNS or not has_columns(network, weight):
             return by_magnitude(matrix, wanted)
         fit, held = errors(weight)
         return solve(matrix, wanted, fit, held, METHODS if self.method == "auto" else (self.method,), self.polish)
