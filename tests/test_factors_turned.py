@@ -42,7 +42,6 @@ LAYERS = {
     "three directions": (nn.Conv3d(8, 12, 3, 2, 1), (7, 6, 5)),
     "three directions, flat kernel": (nn.Conv3d(8, 12, (1, 3, 3), 1, (0, 1, 1), groups=2), (4, 6, 5)),
     "three directions, dilation": (nn.Conv3d(8, 12, 3, 1, 2, dilation=2), (4, 6, 5)),
-    "transposed, far apart": (nn.ConvTranspose2d(8, 12, 32, 32), (2, 2)),
     "a window of a large one": (nn.ConvTranspose2d(8, 12, 3, 2, 1), (31, 40)),
     "a window of a large one in three directions": (nn.Conv3d(8, 12, 3, 1, 1), (9, 12, 20)),
 }
@@ -145,6 +144,15 @@ def test_where_sizes_are_computed_a_layer_stays_and_goes_by_magnitude():
     assert told["up.weight"]["method"] == "magnitude" and told["middle.weight"]["method"].startswith("surgeon")
     other = torch.randn(1, 3, 9, 10)
     assert made.predict(other).shape == sparse.predict(other).shape == (1, 4, 9, 10)
+
+
+def test_a_layer_of_too_wide_a_kernel_stays():
+    """As those that draw a whole image from few positions."""
+    model = nn.Sequential(nn.Conv2d(3, 24, 3, 4), nn.ConvTranspose2d(24, 2, 64, 32)).eval()
+    network = capture(model, torch.randn(1, 3, 12, 12))
+    layers, left = layers_of(network, ("conv",))
+    assert [layer.name for layer in layers] == ["0.weight"]
+    assert left["1.weight"] == f"it reads {24 * 64 * 64} values at each place; more than 16384 take too long to solve for"
 
 
 def test_what_is_lost_is_the_error_of_the_output():

@@ -26,6 +26,8 @@ CELLS = (aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.defau
 RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input, *CELLS}
 # Of these a reason is told where they are left as they are.
 LAYERS = {*KINDS, *PRODUCTS, *RECURRENT, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
+# What solvers need of a convolution that reads more values at a place than this takes gigabytes and many minutes.
+MOST_COLUMNS = 2**14
 # Operators that may transpose a matrix, and whether they do with these arguments.
 TURNS: dict[object, Callable[..., bool]] = {
     **dict.fromkeys((aten.t.default, aten.numpy_T.default, aten.mT.default), lambda: True),
@@ -118,7 +120,12 @@ def _reason(network: Network, node: fx.Node, weight: Tensor | None, readers: Seq
         return "its weight is read in other ways, too"
     if not all(_is_given(network, one) for one in readers):
         return "its bias is computed"
-    return "" if KINDS[node.target] != "conv" or can_unfold(node) else "its sizes are computed"
+    if KINDS[node.target] != "conv":
+        return ""
+    if not can_unfold(node):
+        return "its sizes are computed"
+    columns = _dense(node, weight).weight[0].numel()
+    return f"it reads {columns} values at each place; more than {MOST_COLUMNS} take too long to solve for" if columns > MOST_COLUMNS else ""
 
 
 def _is_given(network: Network, node: fx.Node) -> bool:

@@ -43,7 +43,8 @@ def weight_from_matrix(matrix: Tensor, shape: torch.Size) -> Tensor:
 
 def can_unfold(node: fx.Node) -> bool:
     """Whether :func:`input_rows` can tell what the node's weight is multiplied with: a layer whose stride, padding and so on are numbers."""
-    return node.target in DIRECTIONS and not any(value is not None and not _is_plain(value) for value in [*node.args[3:], *node.kwargs.values()])
+    options = [*node.args[3:], *(value for name, value in node.kwargs.items() if name != "bias")]
+    return node.target in DIRECTIONS and all(map(_is_plain, options))
 
 
 def _is_plain(value: Any) -> bool:

@@ -90,14 +90,18 @@ def spectrum(weight: Tensor, gram: Tensor | None = None, damping: float = 0.0, i
         ValueError: the shapes do not fit, the Gram matrix is of no positions, or a value is NaN or infinite.
     """
     finite(weight)
-    covariance, mean, positions = centred(gram, weight.shape[1])
-    damped = raised(covariance, damping + OPEN) if gram is not None else covariance
     rows = torch.ones(len(weight), dtype=torch.float64) if importance is None else importance.double().sqrt()
     if rows.shape != weight.shape[:1] or not bool((rows > 0).all()):
         raise ValueError(f"importance {list(rows.shape)} came for a weight {list(weight.shape)}; expected a number above 0 for each row.")
     scaled = weight.double() * rows[:, None]
-    left, values, lost = directions(scaled, covariance, damped)
-    return Spectrum(left / rows[:, None], values, left.mT @ scaled, mean, float((scaled @ covariance * scaled).sum()), lost, positions)
+    if gram is None:
+        left, values, lost = directions(scaled)
+        mean, energy, positions = torch.zeros(weight.shape[1], dtype=torch.float64), float(scaled.square().sum()), 1.0
+    else:
+        covariance, mean, positions = centred(gram, weight.shape[1])
+        left, values, lost = directions(scaled, covariance, raised(covariance, damping + OPEN))
+        energy = float((scaled @ covariance * scaled).sum())
+    return Spectrum(left / rows[:, None], values, left.mT @ scaled, mean, energy, lost, positions)
 
 
 def centred(gram: Tensor | None, columns: int) -> tuple[Tensor, Tensor, float]:
@@ -131,15 +135,18 @@ def raised(covariance: Tensor, damping: float) -> Tensor:
     return covariance + added[..., None, None] * torch.eye(covariance.shape[-1], dtype=covariance.dtype)
 
 
-def directions(weight: Tensor, covariance: Tensor, damped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The eigenvectors [..., rows, k] of ``W C W^T`` with the damped C, the roots of its eigenvalues [..., k], and the error without each."""
+def directions(weight: Tensor, covariance: Tensor | None = None, damped: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The eigenvectors [..., rows, k] of ``W C W^T`` with the damped C, the roots of its eigenvalues [..., k], and the error without each.
+
+    Without C, of ``W W^T``: a wide weight would else be multiplied with a large matrix of nothing but ones and zeros.
+    """
     outer = None
     if weight.shape[-2] > weight.shape[-1]:
         outer, weight = torch.linalg.qr(weight)
-    squares, vectors = torch.linalg.eigh(weight @ damped @ weight.mT)
+    squares, vectors = torch.linalg.eigh((weight if damped is None else weight @ damped) @ weight.mT)
     vectors, squares = vectors.flip(-1), squares.flip(-1)
     read = vectors.mT @ weight
-    lost = (read @ covariance * read).sum(-1).clamp(min=0)
+    lost = ((read if covariance is None else read @ covariance) * read).sum(-1).clamp(min=0)
     return vectors if outer is None else outer @ vectors, squares.clamp(min=0).sqrt(), lost
 
 
