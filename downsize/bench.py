@@ -86,6 +86,8 @@ class Bench:
             # What is chosen by measured time holds for this machine and runtime.
             task = replace(task, clock=LatencyTable(self.runtime.name, self.target.threads))
             parts.append(f"timed in {label(self.runtime.name)} with {self.target.threads} threads on {host()}")
+        if (kernels := getattr(technique, "kernels", "x86")) != "x86":
+            parts.append(f"for kernels {kernels}")  # which ``auto`` takes from this machine's processor
         if _trains(technique):
             parts.append(f"train {self._training_key()}")
         task = replace(task, checkpoints=self.run.place(parts))

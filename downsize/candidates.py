@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .facts import Attempt, Measurement
+from .processor import adds_in_16_bits
 from .target import Target, show
 
 if TYPE_CHECKING:
@@ -26,13 +27,9 @@ RECURRENT = ("aten.lstm",)
 LINEAR, CONVOLUTION = ("aten.linear", "aten.addmm", "aten.mm", "aten.matmul"), ("aten.conv",)
 
 
-# One of them is there on x86 processors that multiply bytes and add in 32 bits.
-ADDS_IN_32_BITS = {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
-
-
 def recipes_for(runtime: str, network: Network, features: Collection[str] = ()) -> list[str]:
     """The int8 recipes that ``runtime`` executes well enough to be worth a trial on a processor with these ``features``."""
-    narrow = runtime == "onnxruntime" and "avx2" in features and not ADDS_IN_32_BITS & set(features)
+    narrow = adds_in_16_bits(features)
     profile = "profile='avx2'" if narrow else ""
     recipes = [f"quantize({profile})"]
     # OpenVINO runs the operators of dynamic quantization in float, more slowly than the original; convolutions have no such operator.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 VERSION = "0.1.0"
 """The version of downsize; pyproject.toml reads it from here."""
+
+DROP_WORTH_TELLING = 0.01  # of the score; less is told in the table alone
 
 
 def to_json(fact: Any) -> str:
@@ -172,12 +174,16 @@ def _digits_apart(value: float, limit: float, unit: str) -> int:
 
 @frozen
 class Verdict:
-    """Whether all limits are met, the outcome of each, the limit that binds, and what would have to be relaxed for this file."""
+    """Whether all limits are met, the outcome of each, the limit that binds, and what would have to be relaxed for this file.
+
+    ``warnings``: how the file is worse than the original where no limit asked.
+    """
 
     met: bool
     outcomes: tuple[Outcome, ...] = ()
     binding: str | None = None
     relaxation: str | None = None
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def judge(cls, limits: Sequence[Limit], measurements: Mapping[str, Measurement]) -> Verdict:
@@ -195,7 +201,26 @@ class Verdict:
     def __str__(self) -> str:
         head = "met" if self.met else f"not met: {self.binding} binds"
         lines = [outcome.text for outcome in self.outcomes] or ["no limit was set"]
+        lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join([head, *(f"  {line}" for line in lines), *([self.relaxation] if self.relaxation else [])])
+
+
+def worse(found: Mapping[str, Measurement], original: Mapping[str, Measurement], limits: Iterable[Limit]) -> tuple[str, ...]:
+    """Sentences for what has grown worse than the original although no limit asked for it: more bytes, more time, a lost score.
+
+    Time counts where its whole 95 % interval lies above the original's, score where it is lost for sure and by more than ``DROP_WORTH_TELLING``.
+    """
+    limited = {limit.name for limit in limits}
+    told = []
+    if "size" not in limited and "size" in found and "size" in original and found["size"].value >= original["size"].value:
+        sizes = [show(one["size"].value, "bytes") for one in (found, original)]
+        told.append(f"the file is not smaller than the original: {sizes[0]}, the original's {sizes[1]}")
+    ratio, drop = found.get("latency_ratio"), found.get("drop")
+    if ratio and not limited & {"latency", "latency_ratio"} and ratio.low is not None and ratio.low > 1:
+        told.append(f"the file is slower than the original: {show(ratio.value, ratio.unit)} of its time (set latency_ratio=1 to rule this out)")
+    if drop and "drop" not in limited and drop.low is not None and drop.low > 0 and drop.value > DROP_WORTH_TELLING:
+        told.append(f"the file scores {show(drop.value, drop.unit)} less than the original, and no limit of the drop was set")
+    return tuple(told)
 
 
 def _relaxation(missed: Sequence[Outcome]) -> str:

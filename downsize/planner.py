@@ -11,7 +11,7 @@ from .bench import Bench, digest_of_model, tensor_bytes
 from .candidates import best_of, explained, floats_for, halves_for, is_lossless, needs_speed, recipes_for, shares_for, smaller_for, why_not_worth_it
 from .engine import Run
 from .errors import DownsizeError, RunError, TargetError
-from .facts import Artifact, Attempt, Measurement, Report, Verdict, from_json, made_by, to_json
+from .facts import Artifact, Attempt, Measurement, Report, Verdict, from_json, made_by, to_json, worse
 from .measure import host
 from .progress import Progress
 from .recipe import Recipe
@@ -153,7 +153,7 @@ class Search:
         if task.verdict_role != task.choice_role:
             scores, agreement = self.bench.judge(path, task.verdict_role)
             found |= scores
-        artifact, verdict = Artifact.of(path, self.bench.runtime.name), self._verdict(found)
+        artifact, verdict = Artifact.of(path, self.bench.runtime.name), self._warned(self._verdict(found), chosen, found)
         reason = f"{chosen.name} measured again, its score on the data for {task.verdict_role!r}"
         final = Attempt(FINAL, chosen.recipe, artifact, found, agreement, verdict, True, reason)
         report = self._report([*self._explained(chosen), final], chosen, verdict)
@@ -165,7 +165,7 @@ class Search:
             return
         chosen = self._chosen()
         rows = [replace(row, reason=f"the best when the run was stopped; {row.reason}") if row.taken else row for row in self._explained(chosen)]
-        self._report(rows, chosen, chosen.verdict or self._verdict(chosen.measurements))
+        self._report(rows, chosen, self._warned(chosen.verdict or self._verdict(chosen.measurements), chosen, chosen.measurements))
 
     def _try(self, recipe: Recipe) -> Attempt:
         """One of our own recipes: that it cannot be built or run here is a finding, not the end."""
@@ -195,6 +195,11 @@ class Search:
         verdict = Verdict.judge(self.limits, found)
         missed = {outcome.limit.name for outcome in verdict.outcomes if not outcome.met}
         return replace(verdict, relaxation=f"{verdict.relaxation} {self.floor}") if self.floor and "size" in missed else verdict
+
+    def _warned(self, verdict: Verdict, chosen: Attempt, found: dict[str, Measurement]) -> Verdict:
+        """With what is worse than the original without a limit having asked; the original itself is not."""
+        original = self.attempts[0]
+        return verdict if chosen is original else replace(verdict, warnings=worse(found, original.measurements, self.limits))
 
     def _add(self, attempt: Attempt) -> None:
         self.attempts.append(attempt)

@@ -31,6 +31,7 @@ from .numerics.agreement import Comparison
 from .numerics.groups import block_steps
 from .quantization.blocks import BLOCKS
 from .quantization.insertion import DYNAMIC, FAKE
+from .quantization.recurrent import DYNAMIC as STATES
 from .runtimes import RUNTIMES, open_artifact
 from .structure import as_call, flatten, unflatten
 from .task import Task, plain
@@ -38,6 +39,7 @@ from .task import Task, plain
 aten = torch.ops.aten
 BATCHES = (1, 3)
 CODE_FRACTION = 0.005  # of the entries of all requantizations may differ, by one code
+STATE_FRACTION = 0.02  # where recurrent layers round their states: one that falls the other way is carried through all later steps
 # Relative to an output's largest value:
 FLOAT_TOLERANCE = 1e-4  # float kernels of two programs, given the same codes
 ROUNDED_THERE = 0.02  # a runtime that rounds float inputs of integer weights to 8 bits in blocks
@@ -118,8 +120,9 @@ def simulation_equals_artifact(network: Network, path: str | Path, inputs: Any) 
     """The file at ``path``, written from the quantized ``network``, computes in ONNX Runtime the integers that the network simulates.
 
     Every requantization is compared on its own: the network is walked, and behind each quantizer the file's codes replace the simulated
-    ones, so that a difference counts where it arises. At most 0.5 % of the entries, or one, may differ, by one code, and the outputs that then
-    follow from the file's codes may differ by 1e-4 of the largest value. A network without quantizers is compared by its outputs.
+    ones, so that a difference counts where it arises. At most 0.5 % of the entries (2 % with LSTMs that round their states), or one, may
+    differ, by one code, and the outputs that then follow from the file's codes may differ by 1e-4 of the largest value. A network without
+    quantizers is compared by its outputs.
 
     Activations that are rounded to 16 bits are compared without that: ONNX Runtime computes in float32. A runtime that does compute in 16 bits
     rounds between the products, too, where the network does not: see :func:`artifact_is_as_near`.
@@ -143,9 +146,8 @@ def simulation_equals_artifact(network: Network, path: str | Path, inputs: Any) 
     rounded_there = _has_float_inputs(network) or (not in_kernels and any(node.target is BLOCKS for node in network.graph.nodes))
     if not rounded_there:
         assert counts.worst <= 1, f"simulation == artifact: {counts.where} differs by {counts.worst} codes; allowed 1."
-        assert off <= CODE_FRACTION or counts.off <= 1, (
-            f"simulation == artifact: {off:.2%} of {counts.entries} entries differ by a code; allowed {CODE_FRACTION:.1%}."
-        )
+        most = STATE_FRACTION if any(node.target is STATES for node in network.graph.nodes) else CODE_FRACTION
+        assert off <= most or counts.off <= 1, f"simulation == artifact: {off:.2%} of {counts.entries} entries differ by a code; allowed {most:.1%}."
     allowed = ROUNDED_THERE if rounded_there else FLOAT_TOLERANCE
     gap = _gap(forced, [torch.from_numpy(output) for output in outputs])
     assert gap <= allowed, f"simulation == artifact: from the same codes outputs differ by {gap:.3g} of the largest value; allowed {allowed:.3g}."

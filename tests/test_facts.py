@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from downsize.facts import (
     from_json,
     made_by,
     to_json,
+    worse,
 )
 from downsize.target import LIMITS, Limit, Target, parse_fraction, parse_size, parse_time
 
@@ -171,6 +173,38 @@ def test_a_drop_limit_of_nothing():
 
 def test_no_limit_is_met():
     assert str(Verdict.judge([], {})) == "met\n  no limit was set"
+
+
+RATIO, DROPPED = Measurement("latency_ratio", 1.84, "ratio", 1.8, 1.87), Measurement("drop", 0.12, "fraction", 0.1, 0.14)
+
+
+@pytest.mark.parametrize(
+    ("found", "original", "limits", "words"),
+    [
+        (measured(size=6000), measured(size=5000), [], ["not smaller", "6 kB", "5 kB"]),
+        (measured(size=5000), measured(size=5000), [], ["not smaller"]),
+        (measured(size=6000), measured(size=5000), [SIZE], []),
+        (measured(size=4000), measured(size=5000), [], []),
+        ({"latency_ratio": RATIO}, {}, [DROP], ["slower", "1.84"]),
+        ({"latency_ratio": RATIO}, {}, [LATENCY], []),
+        ({"latency_ratio": RATIO}, {}, [Limit("latency_ratio", 2.0, "ratio")], []),
+        ({"latency_ratio": replace(RATIO, low=0.99)}, {}, [], []),
+        ({"drop": DROPPED}, {}, [SIZE], ["scores 12 % less"]),
+        ({"drop": DROPPED}, {}, [DROP], []),
+        ({"drop": replace(DROPPED, low=-0.01)}, {}, [], []),
+        ({"drop": replace(DROPPED, value=0.009, low=0.001)}, {}, [], []),
+    ],
+)
+def test_what_grew_worse_is_told_where_no_limit_asked(found, original, limits, words):
+    told = worse(found, original, limits)
+    assert len(told) == bool(words)
+    assert all(word in told[0] for word in words)
+
+
+def test_warnings_are_part_of_the_verdicts_text():
+    warned = replace(Verdict.judge([], {}), warnings=worse({"latency_ratio": RATIO}, {}, []))
+    assert str(warned).splitlines()[2] == "  warning: the file is slower than the original: 1.84 of its time (set latency_ratio=1 to rule this out)"
+    assert from_json(Verdict, to_json(warned)) == warned
 
 
 @given(TARGETS, st.lists(MEASUREMENTS, max_size=5))

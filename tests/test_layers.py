@@ -16,7 +16,7 @@ PACKAGE = ROOT / "downsize"
 
 # A file imports only from lines above, and within its line only from names to its left; a name with a slash is a folder.
 LAYERS = (
-    ("errors", "structure", "spool", "spec", "target", "facts", "progress"),
+    ("errors", "structure", "spool", "spec", "target", "facts", "progress", "processor"),
     ("numerics/",),
     ("scores", "inputs", "task"),
     ("network/",),
@@ -29,7 +29,8 @@ LAYERS = (
 )
 WITHOUT_TORCH = (
     *("downsize", "downsize.errors", "downsize.structure", "downsize.spool", "downsize.spec", "downsize.target", "downsize.facts"),
-    *("downsize.numerics.agreement", "downsize.scores", "downsize.task", "downsize.runtimes", "downsize.measure", "downsize.measure.worker"),
+    *("downsize.processor", "downsize.numerics.agreement", "downsize.scores", "downsize.task", "downsize.runtimes"),
+    *("downsize.measure", "downsize.measure.worker"),
 )
 SOURCES = sorted(path for folder in ("downsize", "tests", "examples", "benchmarks", ".ci") for path in (ROOT / folder).rglob("*.py"))
 

@@ -72,7 +72,7 @@ def quantizers(network: Network) -> list[Any]:
 
 def test_the_ends_and_what_no_layer_reads_have_more_bits():
     model = small()
-    made = Quantize(bits=2, activation_bits=3, samples=8)(ds.capture(model, IMAGE), task_of(model, IMAGE, 2))
+    made = Quantize(bits=2, activation_bits=3, samples=8, profile="x86")(ds.capture(model, IMAGE), task_of(model, IMAGE, 2))
     two, three, found = Grid(-2, 1), Grid(0, 7), fakes(made)
     weights = {name: grid for name, grid in found.items() if name.endswith("weight")}
     assert weights == {"0.0.weight": SYMMETRIC_INT8, "1.0.weight": two, "3.0.weight": two, "6.weight": two, "8.weight": SYMMETRIC_INT8}

@@ -179,7 +179,8 @@ def test_time_per_operator(tmp_path):
     times = per_operator(conv(tmp_path / "a.onnx"), noise(1, 3, 16, 16), runs=5)
     convs = [time.node for time in times if time.operator in ("Conv", "FusedConv")]
     assert len(convs) == 1 and convs[0].startswith(("conv", "relu"))  # fused, it is called after the last node that went into it
-    assert {"pool", "flatten"} <= {time.node for time in times}
+    # Which layout pools run in, and under which name, depends on the processor.
+    assert any("Pool" in time.operator for time in times) and any("flatten" in time.node for time in times)
     assert all(time.seconds >= 0 for time in times) and sum(time.seconds for time in times) > 0
     int8 = per_operator(quantized(tmp_path / "b.onnx"), noise(4, 16), runs=5)
     assert any("uint8" in time.detail for time in int8)

@@ -107,12 +107,12 @@ def test_weights_too_small_to_be_packed_are_told() -> None:
 def test_bit_operations_are_those_of_the_layers() -> None:
     # Oracle: the formula. Output positions x weights x bits of the weight x 8.
     model = Net(lambda net, x: net.b(torch.relu(net.a(x))).mean((2, 3)), a=conv(3, 8), b=conv(8, 16))
-    made = made_of(model, widths=(2, 4, 8), bops=0.5)
+    made = made_of(model, widths=(2, 4, 8), bops=0.5, profile="x86")
     macs = {"a.weight": 144 * 8 * 27, "b.weight": 144 * 16 * 72}
     bits = grids_of(made)
     assert sum(macs[name] * bits[name] for name in macs) <= 0.5 * 8 * sum(macs.values())
     with pytest.raises(AllocationError, match=r"bops of .* 0\.250 of what"):
-        made_of(model, widths=(2, 4, 8), bops=0.2)
+        made_of(model, widths=(2, 4, 8), bops=0.2, profile="x86")
 
 
 def test_size_limit_reads_parts_and_bytes() -> None:

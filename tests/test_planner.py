@@ -283,6 +283,9 @@ def test_run_builds_the_users_recipe_whether_or_not_it_pays(tmp_path: Path) -> N
     assert result.report.chosen == "quantize(activations='none')"
     assert [row.name for row in result.report.attempts] == ["quantize(activations='none')", "final"]
     assert result.artifact.bytes < result.report.baseline.measurements["size"].value
+    assert not any("not smaller" in text for text in result.verdict.warnings)
+    same = ds.run(task_of(mlp()), "finetune(steps=1)", Target(), tmp_path / "same")  # no limit asks, so the verdict warns
+    assert "not smaller" in same.verdict.warnings[0]
 
 
 @pytest.mark.slow

@@ -96,7 +96,8 @@ def test_recipes_know_processors_that_add_in_16_bits_and_runtimes_that_compute_i
         "quantize(activations='dynamic', profile='avx2')",
         "quantize(activations='none')",
     ]
-    for runtime, features in (("onnxruntime", ("avx2", "avx512_vnni")), ("openvino", ("avx2",)), ("onnxruntime", ("asimd", "i8mm"))):
+    assert recipes_for("openvino", original, ("avx2",))[0] == "quantize(profile='avx2')"
+    for runtime, features in (("onnxruntime", ("avx2", "avx512_vnni")), ("openvino", ("avx2", "avx_vnni")), ("onnxruntime", ("asimd", "i8mm"))):
         assert recipes_for(runtime, original, features)[0] == "quantize()"
     assert halves_for(()) == ["halve()"]
     for text in [*recipes_for("onnxruntime", original, ("avx2",)), *halves_for(("bf16",))]:

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..facts import Host
-
-# The instruction sets that decide how fast matrix products and 8-bit integers are, as Linux spells them.
-_FEATURES = re.compile(r"(avx2|avx512.*|avx_.*|avx10.*|amx.*|fma|f16c|neon|asimd.*|fphp|sve.*|sme\d?|sme_.*|i8mm|bf16|v|zvfh)$")
+from ..processor import processor
 
 
 class MemoryUse(NamedTuple):
@@ -29,26 +27,15 @@ class MemoryUse(NamedTuple):
 @cache
 def host() -> Host:
     """This machine. ``cores`` counts the CPUs this process may use."""
-    fields = _cpuinfo()
-    words = (fields.get("flags") or fields.get("Features") or fields.get("isa", "")).split()
+    name, features = processor()
     return Host(
-        cpu=fields.get("model name") or fields.get("Model") or platform.processor() or platform.machine(),
-        features=tuple(sorted({word for word in words if _FEATURES.match(word)})),
+        cpu=name,
+        features=features,
         cores=len(allowed_cpus()),
         memory_bytes=_memory_bytes(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
     )
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo; empty where there is no such file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return {}
-    pairs = [(key.strip(), value.strip()) for key, colon, value in (line.partition(":") for line in lines) if colon]
-    return dict(reversed(pairs))  # the first of each key wins
 
 
 def _memory_bytes() -> int:

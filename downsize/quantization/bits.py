@@ -13,7 +13,7 @@ from torch import fx
 
 from ..network.network import Network
 from ..network.rewrite import aten
-from ..numerics.grids import BITS, INT8, Grid, activation_grid, weight_grid
+from ..numerics.grids import BITS, INT8, Grid, activation_grid
 from .placement import WEIGHT_LAYERS, Placement, WeightPoint, is_transparent
 
 FLOAT = 32  # bits of what is not quantized
@@ -25,13 +25,15 @@ BETWEEN = 8
 class Bits:
     """The bits of weights, of the inputs of layers, and of both in the first and the last layer; 32: not quantized. Tables are a first layer.
 
-    ``signed``: activations are int8, symmetric, instead of unsigned and asymmetric; then they all have 8 bits.
+    ``signed``: activations are int8, symmetric, instead of unsigned and asymmetric; then they all have 8 bits. ``room``: the most bits that a
+    quantized weight may have, at the ends too; activations have theirs all the same.
     """
 
     weights: int
     activations: int
     ends: int
     signed: bool = False
+    room: int = 8
 
     def groups(self, network: Network, placement: Placement) -> list[tuple[Grid, Placement]]:
         """The activations of a placement by their grid, without those that are not quantized."""
@@ -64,7 +66,7 @@ class Bits:
     ) -> dict[int, list[WeightPoint]]:
         """The weights by their bits; ``own``: those of single weights, by name."""
         found: dict[int, list[WeightPoint]] = {}
-        for points, bits in zip(self.parts(network, placement, wanted), (self.ends, self.weights), strict=True):
+        for points, bits in zip(self.parts(network, placement, wanted), self.of_weights, strict=True):
             for point in points:
                 found.setdefault(own.get(str(point.node.target), bits), []).append(point)
         return found
@@ -75,9 +77,10 @@ class Bits:
         return {layer: self.ends if layer in last else self.activations for layer in placement.layers}
 
     @property
-    def grids(self) -> tuple[Grid, Grid]:
-        """Of the weights of the ends, and of the others."""
-        return weight_grid(self.ends), weight_grid(self.weights)
+    def of_weights(self) -> tuple[int, int]:
+        """The bits of the weights at the ends, and of the others."""
+        at_ends, inner = (bits if bits == FLOAT else min(bits, self.room) for bits in (self.ends, self.weights))
+        return at_ends, inner
 
 
 def ends(network: Network, placement: Placement) -> set[fx.Node]:

@@ -56,7 +56,7 @@ class Build:
         at_ends, inner = self.counts.parts(network, placement, self.takes)
         if self.levels != "uniform":
             if self.counts.ends != FLOAT:
-                quantize_weights(network, at_ends, weight_grid(self.counts.ends))
+                quantize_weights(network, at_ends, weight_grid(self.counts.of_weights[0]))
             quantize_to_levels(network, inner, cast(Levels, self.levels))
             return
         for count, points in self.counts.shares(network, placement, self.takes, bits).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field, replace
+from functools import partial
 from typing import Literal, cast
 
 from pydantic import Field
@@ -16,12 +17,12 @@ from ..network.rewrite import aten, fold_batch_norm
 from ..network.statistics import Pieces
 from ..numerics.lowbit import Levels
 from ..pruning.latency_limit import need_clock
+from ..quantization.balancing import ROUNDING_PIECES, balanced, equalized, smoothed
 from ..quantization.bits import FLOAT, Bits
 from ..quantization.blocks import compute_in_blocks, has_kernel
 from ..quantization.building import Build, prepared
-from ..quantization.choosing import TRIAL_PIECES, plain_ranges, ranges_to_try, spread
+from ..quantization.choosing import plain_ranges, ranges_to_try, spread
 from ..quantization.correction import correct_biases, round_biases
-from ..quantization.equalization import equalize
 from ..quantization.floating import in_float
 from ..quantization.formats import Format
 from ..quantization.insertion import quantize_dynamically, settle
@@ -31,11 +32,11 @@ from ..quantization.limits import Limits, bits_within
 from ..quantization.mixed import By
 from ..quantization.norms import fold, unfold
 from ..quantization.placement import RECURRENT, Placement, place
+from ..quantization.profiles import Profile, kernels, room, tell
 from ..quantization.ranges import ESTIMATORS
 from ..quantization.reconstruction import Reconstruction, reconstruct
 from ..quantization.recurrent import compute_dynamically, dynamic_layers, matrices
 from ..quantization.rounding import round_weights
-from ..quantization.smoothing import smooth
 from ..quantization.timing import file_clock
 from ..quantization.weight_only import Data, quantize_weight_only
 from ..spec import frozen
@@ -43,10 +44,8 @@ from ..task import Task
 from ..training.plan import Training
 from ..training.quantizing import Quantizing
 
-# How many pieces (of one sample or a few) are enough to solve for weights and biases.
-ROUNDING_PIECES = 40
+# How many pieces (of one sample or a few) are enough to solve for biases.
 MEAN_PIECES = 64
-REDUCED = 7  # bits of weights whose products with unsigned activations can be added by twos in 16 bits
 Width = Literal[2, 3, 4, 5, 6, 7, 8, 32]
 
 
@@ -85,9 +84,10 @@ class Quantize:
             ``bops``: a part of the bit operations (multiply-accumulates times bits of weight and activation) at 8 bits; or, of 8 and 32, under
             ``latency``: a part of the time of one sample in float, or a time ('3 ms'), measured in the target's runtime. 32: in float.
             ``by``: each width's ``loss``, measured; or ``fisher``, estimated from derivatives, in less time.
-        profile: of the integer kernels. ``x86``: unsigned activations, asymmetric. ``avx2``: for x86 processors without VNNI, where ONNX Runtime
-            adds pairs of products in 16 bits: weights have at most 7 bits, so that no sum leaves that range. ``tensorrt``: signed
-            symmetric activations, biases and tables in float, no integer operators beside QuantizeLinear and DequantizeLinear.
+        profile: of the integer kernels. ``x86``: unsigned activations, asymmetric. ``avx2``: for x86 processors without VNNI, which add pairs
+            of products in 16 bits: weights have at most 7 bits, so that no sum leaves that range. ``auto``: the one that this machine's
+            processor needs. ``tensorrt``: signed symmetric activations, biases and tables in float, no integer operators beside
+            QuantizeLinear and DequantizeLinear.
         keep: weights, or modules, that stay in float with the inputs of their layers, by name, ``*`` standing for anything.
 
     Examples: ``quantize(bits=4, activation_bits=4, train=True)``; ``quantize(bits=4, group=32, tables=5, activations='none')``;
@@ -120,7 +120,7 @@ class Quantize:
     bops: float | None = Field(default=None, gt=0, le=1)
     latency: str | float | None = None
     by: By = "loss"
-    profile: Literal["x86", "avx2", "tensorrt"] = "x86"
+    profile: Profile = "auto"
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -142,12 +142,13 @@ class Quantize:
             )
         if self.rounding == "hqq" and (self.symmetric or not (self.kind == "none" or self.in_blocks)):
             raise SpecError("quantize: rounding='hqq' places zero points; use symmetric=False with activations='none', or 'dynamic' with a group.")
-        if self.in_blocks and (self.levels != "uniform" or self.profile != "x86" or not has_kernel(self.bits, self.group or 0)):
-            came = next(f"{name}={getattr(self, name)!r}" for name in ("levels", "profile", "bits") if getattr(self, name) not in ("uniform", "x86"))
+        plain = ("uniform", "auto", "x86")
+        if self.in_blocks and (self.levels != "uniform" or self.profile not in plain or not has_kernel(self.bits, self.group or 0)):
+            came = next(f"{name}={getattr(self, name)!r}" for name in ("levels", "profile", "bits") if getattr(self, name) not in plain)
             raise SpecError(
                 f"quantize: {came} came with a group and dynamic activations, whose kernels take 4 or 8 bits, or 2 in groups of 32 to 128."
             )
-        if self.profile != "x86" and self.kind == "none":
+        if self.profile not in plain and self.kind == "none":
             raise SpecError(f"quantize: profile={self.profile!r} came, and weights alone, which no integer kernel multiplies; leave one out.")
         if self.profile == "tensorrt" and (self.kind != "static" or self.plan is not None or self.activation_bits not in (None, 8)):
             raise SpecError("quantize: profile='tensorrt' is for static activations of 8 bits, after training: leave the other fields out.")
@@ -164,6 +165,7 @@ class Quantize:
             return network.fork()
         if self.latency is not None:
             file_clock(need_clock(task.clock))
+        tell(self.profile, self.kernels, task.progress)
         original = prepared(network)
         plain = original.fork()
         fold_batch_norm(plain)
@@ -179,7 +181,8 @@ class Quantize:
             judge = Judge(plain, pieces[1], settle)
             # Batch norms that training brings back know the channels as they were.
             keeps = self.plan is not None and self.warmup_share > 0 and _norms(original) > _norms(plain)
-            plain = self._balanced(plain, pieces, judge, self.equalize and not keeps)
+            ways = [*[equalized] * (self.equalize and not keeps), *[smoothed] * (self.smooth and self.kind == "static")]
+            plain = balanced(plain, pieces, partial(self._trial, pieces=pieces, judge=judge), ways)
             bits = self._mixed(network, plain, pieces, task)
             if bits and set(bits.values()) == {FLOAT}:
                 return network.fork()
@@ -204,6 +207,11 @@ class Quantize:
     def in_blocks(self) -> bool:
         """Whether inputs are rounded at run time in the blocks that weights have scales for."""
         return self.kind == "dynamic" and self.group is not None
+
+    @property
+    def kernels(self) -> Profile:
+        """``profile``, with ``auto`` resolved for this machine and these weights."""
+        return kernels(self.profile, integers=self.kind != "none" and not self.in_blocks)
 
     @property
     def is_plain(self) -> bool:
@@ -231,16 +239,12 @@ class Quantize:
     @property
     def counts(self) -> Bits:
         """The bits of everything."""
-        return Bits(self._within(self.bits), self.activation_bits or 8, self._within(self.ends), self.profile == "tensorrt")
+        return Bits(self.bits, self.activation_bits or 8, self.ends, self.profile == "tensorrt", room(8, self.kernels))
 
     @property
     def build(self) -> Build:
         """What puts the quantizers in."""
         return Build(self.counts, self.levels, self.embeddings)
-
-    def _within(self, bits: int) -> int:
-        """The bits of a weight that the profile has room for."""
-        return min(bits, REDUCED) if self.profile == "avx2" and bits != FLOAT else bits
 
     def _told(self) -> str:
         if self.widths:
@@ -259,17 +263,6 @@ class Quantize:
         if len(pieces) < 2:
             return pieces, pieces
         return pieces.parted(max(2, len(pieces) // max(1, min(self.holdout, len(pieces) // 2))))
-
-    def _balanced(self, plain: Network, pieces: tuple[Pieces, Pieces], judge: Judge, equal: bool) -> Network:
-        """The network with scales moved between its layers, where plain rounding of it on full ranges then loses less; else as it came."""
-        loss = None
-        for balance, wanted in ((lambda each, _: equalize(each), equal), (_smoothed, self.smooth and self.kind == "static")):
-            balanced = plain.fork()
-            if wanted and balance(balanced, pieces):
-                loss = self._trial(plain, pieces, judge) if loss is None else loss
-                if (lower := self._trial(balanced, pieces, judge)) < loss:
-                    loss, plain = lower, balanced
-        return plain
 
     def _trial(self, network: Network, pieces: tuple[Pieces, Pieces], judge: Judge) -> float:
         placement = self._place(network)
@@ -310,7 +303,7 @@ class Quantize:
         """The bits of each weight, where ``widths`` leaves a choice."""
         if not self.widths:
             return {}
-        widths = {self._within(bits) for bits in self.widths}
+        widths = {room(bits, self.kernels) for bits in self.widths}
         return bits_within(original, plain, self._place(plain), self.build, self._inner_format, widths, self.limits, pieces, task)
 
     def _formats(self, network: Network, placement: Placement, bits: Mapping[str, int]) -> dict[str, Format]:
@@ -325,8 +318,8 @@ class Quantize:
             if count != FLOAT:
                 formats[str(point.node.target)] = Format(8) if count == 8 else Format(count, self.group, self.symmetric)
         # The integer operator for an LSTM takes one scale a row.
-        states = dynamic_layers(network, placement) if self.in_blocks else []
-        return formats | {str(one.target): Format(self.bits) for node in states for one in matrices(network, node)}
+        states, bits_of_states = dynamic_layers(network, placement) if self.in_blocks else [], room(self.bits, kernels(self.profile, True))
+        return formats | {str(one.target): Format(bits_of_states) for node in states for one in matrices(network, node)}
 
     def _weights_alone(self, plain: Network, task: Task) -> Network:
         placement = self._place(plain)
@@ -387,10 +380,6 @@ def _linear(placement: Placement) -> list[fx.Node]:
     if not linear and not placement.recurrent:
         raise TaskError("The network has no linear layer or LSTM; dynamic quantization is for those: use quantize(activations='static').")
     return linear
-
-
-def _smoothed(network: Network, pieces: tuple[Pieces, Pieces]) -> int:
-    return smooth(network, place(network), spread(pieces[0], ROUNDING_PIECES), spread(pieces[1], TRIAL_PIECES))
 
 
 def _norms(network: Network) -> int:
