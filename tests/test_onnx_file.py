@@ -212,7 +212,7 @@ def test_a_table_that_is_a_layers_weight_too_is_written_once(activations):
     net = Net(lambda net, ids: F.linear(torch.tanh(F.embedding(ids, net.w)), net.w), w=weight(300, 64))
     made = int8(net, torch.randint(0, 50, (2, 7)), activations=activations, correct=False)
     sizes = [int(np.prod(tensor.dims)) for tensor in onnx.load(made.path).graph.initializer]
-    assert sizes.count(300 * 64) == 1
+    assert sizes.count(300 * 64) + sizes.count(300 * 56) == 1  # bytes, or 7 bits each where the processor asks for that
     # Runtimes round float inputs of integer weights by themselves.
     assert_same(made.quantized, made.path, made.inputs, "onnxruntime", tolerance=0.02 if activations == "none" else 1e-5)
 
