@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from downsize.numerics import lowbit
-from downsize.numerics.grids import SYMMETRIC_INT8, Grid, activation_grid, weight_grid
+from downsize.numerics.grids import Grid, activation_grid, weight_grid
 from downsize.numerics.lowbit import (
     SETTLED,
+    TWO_SIDED,
     binary_codes,
     binary_connect,
     binary_weight,
@@ -106,11 +107,11 @@ def test_two_magnitudes_and_their_codes_by_hand():
     magnitudes = two_magnitudes(weight, 0, masked=False)
     assert magnitudes.tolist() == [[3.0], [0.0]]
     codes, step = two_sided_codes(weight, torch.tensor([[3.0], [1.0]]), 0, masked=False)
-    assert codes.tolist() == [[127, 127, 0, 0, 0]] and float(step) == pytest.approx(3 / 127)
+    assert codes.tolist() == [[63, 63, 0, 0, 0]] and float(step) == pytest.approx(3 / 63)
     weight = torch.tensor([[4.0, -2.0, -3.0, 0.1, -0.2]])  # 1.86, 1.302
     codes, step = two_sided_codes(weight, two_magnitudes(weight, 0, masked=False), 0, masked=False)
-    assert codes.tolist() == [[127, -79, -79, 0, 0]]  # 2.5 / 4 * 127 = 79.4
-    assert float(step) * 127 == pytest.approx(4.0)
+    assert codes.tolist() == [[63, -39, -39, 0, 0]]  # 2.5 / 4 * 63 = 39.4
+    assert float(step) * 63 == pytest.approx(4.0)
 
 
 def functions(weight: Tensor, axis: int | None) -> list[tuple[Any, ...]]:
@@ -136,7 +137,7 @@ def test_what_is_trained_is_what_is_saved(number, axis):
     if axis is not None:
         shape[axis] = -1
     settled = codes * step.reshape(shape)
-    saved = fake_quantize(settled, step, torch.zeros_like(step, dtype=torch.int32), axis, SYMMETRIC_INT8.low, SYMMETRIC_INT8.high)
+    saved = fake_quantize(settled, step, torch.zeros_like(step, dtype=torch.int32), axis, TWO_SIDED.low, TWO_SIDED.high)
     assert torch.equal(live, settled) and torch.equal(live, saved)
     assert len(live.unique()) > 1
 

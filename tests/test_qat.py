@@ -305,8 +305,9 @@ def test_weights_read_twice_and_tables_are_trained_too(tmp_path):
     ids = [torch.randint(0, 20, (16, 5), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     task = ds.Task(model, ids[0], {"calibrate": lambda: [(one, None) for one in ids]})
     network = ds.capture(model, ids[0])
-    made = Quantize(samples=16, bits=4, activation_bits=8, train=Training(steps=30, rate=3e-3))(network, task)
-    before = Quantize(samples=16, bits=4, activation_bits=8)(network, task)
+    fields: dict[str, Any] = {"samples": 16, "bits": 4, "activation_bits": 8, "profile": "x86"}
+    made = Quantize(**fields, train=Training(steps=30, rate=3e-3))(network, task)
+    before = Quantize(**fields)(network, task)
     gaps = [float((one.predict(ids[1]) - model(ids[1]).detach()).norm()) for one in (made, before)]
     assert gaps[0] < gaps[1]
     loaded_equals_live(made, ids[0])

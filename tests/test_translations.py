@@ -1,8 +1,9 @@
-"""The exporter's table of translations is read once a process, and what one file adds to it is in no other file."""
+"""What is left out of torch's exporter, or done once, changes no file: its table of translations, stacks of calls, decompositions."""
 
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -14,6 +15,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from downsize.network import onnx_file, translations
 from downsize.network.capture import capture
+from downsize.network.network import Network
 from downsize.network.onnx_file import write
 
 
@@ -95,3 +97,55 @@ def test_a_file_has_the_same_bytes_when_it_is_traced_briefly_and_torch_is_as_bef
     write(network, tmp_path / "in full.onnx")
     assert len(lists) > 10
     assert (tmp_path / "briefly.onnx").read_bytes() == (tmp_path / "in full.onnx").read_bytes()
+
+
+def decomposed(network: Network, path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often the exporter takes operators apart while the network is written."""
+    from torch.onnx._internal.exporter import _fx_passes
+
+    calls, own = [], _fx_passes.decompose_with_registry
+    with monkeypatch.context() as patched:
+        patched.setattr(_fx_passes, "decompose_with_registry", lambda *given: calls.append(1) or own(*given))
+        write(network, path)
+        assert _fx_passes.decompose_with_registry is not own
+    return len(calls)
+
+
+class Views(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.end = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(32, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x).permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+        x = x.reshape(x.shape[0], -1, 4, 8).flatten(2)
+        return self.end(torch.softmax(x, -1) + x[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("build", "whole"),
+    [
+        (lambda: pooled(1), True),
+        (Views, True),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 96), nn.GELU(), nn.LayerNorm(96), nn.Unflatten(1, (12, 8))), False),
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(3), nn.Softplus()), False),
+    ],
+)
+def test_a_file_computes_the_same_whether_or_not_its_operators_were_taken_apart(build, whole, tmp_path, monkeypatch):
+    """Oracle: the module in torch, at a batch that the example did not have; and the operators of a file made with torch's own decompositions."""
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.randn(3, 1, 8, 8)
+    network = capture(model, x[:2])
+    assert (decomposed(network, tmp_path / "whole.onnx", monkeypatch) == 0) == whole
+    monkeypatch.setattr(onnx_file, "decomposed_where_needed", contextlib.nullcontext)
+    write(network, tmp_path / "apart.onnx")
+    kinds = []
+    for name in ("whole", "apart"):
+        session = onnxruntime.InferenceSession(tmp_path / f"{name}.onnx")
+        outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(outputs[0]), model(x), rtol=1e-5, atol=1e-6)
+        kinds.append({node.op_type for node in onnx.load(tmp_path / f"{name}.onnx").graph.node})
+    # Sizes that are known are said as constants; with decompositions they are computed.
+    assert kinds[0] <= kinds[1]
+    if not whole:
+        assert (tmp_path / "whole.onnx").read_bytes() == (tmp_path / "apart.onnx").read_bytes()

@@ -1,4 +1,4 @@
-"""What torch's exporter does again and again, done once: reading how operators are said in ONNX, and which operators there are."""
+"""What torch's exporter does again and again, done once, or not where it changes nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 LISTING = "_materialize_cpp_cia_ops"
+# Composite operators that give views, which the exporter takes apart although it can say them.
+SAID_AS_THEY_ARE = {torch.ops.aten.flatten.using_ints, torch.ops.aten.reshape.default, torch.ops.aten.contiguous.default}
 # What was read, by the arguments it was asked for with.
 _read: dict[Any, Any] = {}
 
@@ -56,6 +60,40 @@ def traced_briefly() -> Iterator[None]:
     getattr(utils, LISTING, lambda: None)()
     with _set(utils, LISTING, lambda: None), _set(config, "do_not_emit_stack_traces", True):
         yield
+
+
+@contextlib.contextmanager
+def decomposed_where_needed() -> Iterator[None]:
+    """While inside, torch's exporter does not trace a program once more to take operators apart where it can say all of them as they are.
+
+    That trace is two thirds of the time that a file takes. Only names of inner values differ without it.
+    """
+    try:
+        from torch.onnx._internal.exporter import _decomp, _fx_passes
+
+        said_by, own = _decomp.get_onnx_implemented_overloads, _fx_passes.decompose_with_registry
+    except (ImportError, AttributeError):
+        yield
+        return
+
+    def decompose(program: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
+        said = set(said_by(registry))
+        targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+        # What is no operator takes a part of a tuple or computes with sizes.
+        whole = all(_is_said(target, said) for target in targets if isinstance(target, torch._ops.OperatorBase))
+        return program if whole else own(program, registry)
+
+    with _set(_fx_passes, "decompose_with_registry", decompose):
+        yield
+
+
+def _is_said(target: Any, said: set[Any]) -> bool:
+    """Whether the exporter leaves an operator whole: it can say it, and it is no composite that gives a view, which its trace takes apart."""
+    if target not in said or not isinstance(target, torch._ops.OpOverload):
+        return False
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    views = any(value.alias_info is not None for value in (*target._schema.arguments, *target._schema.returns))
+    return target in SAID_AS_THEY_ARE or not (composite and views)
 
 
 @contextlib.contextmanager

@@ -12,13 +12,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .grids import SYMMETRIC_INT8, Grid, filled, per_axis, wide
+from .grids import Grid, filled, per_axis, wide
 
 Levels = Literal["uniform", "twn", "ttq", "binary_connect", "xnor"]
 LEVELS: tuple[Levels, ...] = get_args(Levels)
 TERNARY = Grid(-1, 1)
 # Steps that are tried, as fractions of the one that covers the largest value: each 3 % above the one before.
 FRACTIONS = torch.logspace(-1.4, 0.05, 104, dtype=torch.float64).tolist()
+# Of three levels that are not evenly spaced: products with unsigned bytes can be added by twos in 16 bits, so that every processor is exact.
+TWO_SIDED = Grid(-63, 63)
 # Of the mean magnitude: below it a ternary weight is zero.
 THRESHOLD = 0.7
 
@@ -67,9 +69,9 @@ def two_magnitudes(weight: Tensor, axis: int | None, masked: bool) -> Tensor:
 
 
 def two_sided_codes(weight: Tensor, magnitudes: Tensor, axis: int | None, masked: bool) -> tuple[Tensor, Tensor]:
-    """Codes in [-127, 127], three a row, and the step: ``magnitudes`` [2, n] are the values of the positive and (negated) the negative level,
-    of which the larger is exact and the other is rounded to a 127th of it."""
-    step = magnitudes.amax(0) / SYMMETRIC_INT8.high
+    """Codes in [-63, 63], three a row, and the step: ``magnitudes`` [2, n] are the values of the positive and (negated) the negative level,
+    of which the larger is exact and the other is rounded to a 63rd of it."""
+    step = magnitudes.amax(0) / TWO_SIDED.high
     levels = (magnitudes / torch.where(step > 0, step, 1.0)).round()
     above, below = (per_axis(_shaped(level, axis), axis, weight.dim()) for level in levels)
     return _support(weight, axis, masked) * torch.where(weight > 0, above, -below), _shaped(step, axis)

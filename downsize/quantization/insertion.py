@@ -14,6 +14,7 @@ from ..numerics import grids
 from ..numerics.grids import SYMMETRIC_INT8, Grid
 from ..numerics.lowbit import (
     TERNARY,
+    TWO_SIDED,
     Levels,
     binary_codes,
     binary_connect,
@@ -52,7 +53,7 @@ def quantize_to_levels(network: Network, points: list[WeightPoint], levels: Leve
         weight = network.tensor(name).detach()
         codes, scale = codes_of(*function_of(levels, weight, point.axis, name in network.sparse))
         set_constant(network, point.node, codes * grids.per_axis(scale, point.axis, weight.dim()))
-        _quantize_weight(network, point, scale, SYMMETRIC_INT8 if levels == "ttq" else TERNARY)
+        _quantize_weight(network, point, scale, TWO_SIDED if levels == "ttq" else TERNARY)
 
 
 def function_of(levels: Levels, weight: Tensor, axis: int | None, masked: bool) -> tuple[Any, ...]:

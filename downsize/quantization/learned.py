@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from ..network.network import Network
 from ..network.parts import assign
 from ..network.rewrite import add_constant, constant, set_constant
-from ..numerics.grids import SYMMETRIC_INT8, Grid, per_axis
-from ..numerics.lowbit import SETTLED, TERNARY, Levels, codes_of, learned_step, trained_ternary, whole_zero
+from ..numerics.grids import Grid, per_axis
+from ..numerics.lowbit import SETTLED, TERNARY, TWO_SIDED, Levels, codes_of, learned_step, trained_ternary, whole_zero
 from .insertion import FAKE, function_of, grid_of
 
 # A weight's rounding is kept where its start is put this near to the middle between two codes, in steps.
@@ -132,7 +132,7 @@ def _settle_weight(network: Network, node: fx.Node, tensors: list[Any]) -> None:
     if node.target is learned_step:
         grid = Grid(*node.args[-2:])
     elif node.target is trained_ternary:
-        grid = SYMMETRIC_INT8
+        grid = TWO_SIDED
     set_constant(network, weight, codes * per_axis(scale, axis, codes.dim()))
     parts = ("step", scale), ("offset", torch.zeros_like(scale, dtype=torch.int32))
     made = [add_constant(network, f"{name}_{what}", tensor, weight) for what, tensor in parts]
