@@ -213,11 +213,14 @@ def worse(found: Mapping[str, Measurement], original: Mapping[str, Measurement],
     limited = {limit.name for limit in limits}
     told = []
     if "size" not in limited and "size" in found and "size" in original and found["size"].value >= original["size"].value:
-        sizes = [show(one["size"].value, "bytes") for one in (found, original)]
+        own, before = found["size"].value, original["size"].value
+        sizes = [show(value, "bytes", _digits_apart(own, before, "bytes")) for value in (own, before)]
         told.append(f"the file is not smaller than the original: {sizes[0]}, the original's {sizes[1]}")
     ratio, drop = found.get("latency_ratio"), found.get("drop")
     if ratio and not limited & {"latency", "latency_ratio"} and ratio.low is not None and ratio.low > 1:
-        told.append(f"the file is slower than the original: {show(ratio.value, ratio.unit)} of its time (set latency_ratio=1 to rule this out)")
+        digits = _digits_apart(ratio.low, 1, "ratio")
+        value, low, high = (show(number, "ratio", digits) for number in (ratio.value, ratio.low, ratio.high or ratio.value))
+        told.append(f"the file is slower than the original: {value} of its time ({low} to {high}); set latency_ratio=1 to rule this out")
     if drop and "drop" not in limited and drop.low is not None and drop.low > 0 and drop.value > DROP_WORTH_TELLING:
         told.append(f"the file scores {show(drop.value, drop.unit)} less than the original, and no limit of the drop was set")
     return tuple(told)

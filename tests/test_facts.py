@@ -186,6 +186,8 @@ RATIO, DROPPED = Measurement("latency_ratio", 1.84, "ratio", 1.8, 1.87), Measure
         (measured(size=6000), measured(size=5000), [SIZE], []),
         (measured(size=4000), measured(size=5000), [], []),
         ({"latency_ratio": RATIO}, {}, [DROP], ["slower", "1.84"]),
+        ({"latency_ratio": Measurement("latency_ratio", 1.003, "ratio", 1.001, 1.005)}, {}, [], ["1.003", "1.001 to 1.005"]),
+        (measured(size=5001), measured(size=5000), [], ["5.001 kB", "5 kB"]),
         ({"latency_ratio": RATIO}, {}, [LATENCY], []),
         ({"latency_ratio": RATIO}, {}, [Limit("latency_ratio", 2.0, "ratio")], []),
         ({"latency_ratio": replace(RATIO, low=0.99)}, {}, [], []),
@@ -203,8 +205,10 @@ def test_what_grew_worse_is_told_where_no_limit_asked(found, original, limits, w
 
 def test_warnings_are_part_of_the_verdicts_text():
     warned = replace(Verdict.judge([], {}), warnings=worse({"latency_ratio": RATIO}, {}, []))
-    assert str(warned).splitlines()[2] == "  warning: the file is slower than the original: 1.84 of its time (set latency_ratio=1 to rule this out)"
+    text = "  warning: the file is slower than the original: 1.84 of its time (1.8 to 1.87); set latency_ratio=1 to rule this out"
+    assert str(warned).splitlines()[2] == text
     assert from_json(Verdict, to_json(warned)) == warned
+    assert from_json(Verdict, '{"met": true}').warnings == ()  # of a report before there were any
 
 
 @given(TARGETS, st.lists(MEASUREMENTS, max_size=5))

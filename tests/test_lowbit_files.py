@@ -36,6 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "4/4, ends in float": {"bits": 4, "activation_bits": 4, "ends": 32},
     "ternary": {"levels": "twn"},
     "ternary/4": {"levels": "ttq", "activation_bits": 4},
+    "ternary/8": {"levels": "ttq", "activation_bits": 8},
     "binary": {"levels": "xnor"},
     "binary/2": {"levels": "binary_connect", "activation_bits": 2},
     "5/none": {"bits": 5, "activations": "none"},
@@ -159,7 +160,7 @@ def test_ternary_and_binary_weights_have_their_values():
         assert len(made.tensor("8.weight").unique()) > 50
 
 
-FACTORS = {Grid(-2, 1): 32, Grid(-8, 7): 8, Grid(-1, 1): 64, Grid(-64, 63): 1, Grid(-127, 127): 1, Grid(-128, 127): 1}
+FACTORS = {Grid(-2, 1): 32, Grid(-8, 7): 8, Grid(-1, 1): 64, Grid(-64, 63): 1, Grid(-63, 63): 1, Grid(-127, 127): 1, Grid(-128, 127): 1}
 
 
 @pytest.mark.parametrize("grid", FACTORS)
@@ -205,7 +206,7 @@ def test_the_files_integers_are_the_simulated_ones(way):
         assert executed["QLinearConv"] == 3 and executed["QGemm"] == 2 and executed["Conv"] == executed["FusedConv"] == executed["Gemm"] == 0
     types = {tensor.data_type for tensor in onnx.load(made.path).graph.initializer if len(tensor.dims) > 1 and tensor.dims[-1] > 1}
     # Codes of 8 bits, and packed ones with the table of what a byte holds; two magnitudes of each row are no even steps.
-    packed = {onnx.TensorProto.UINT8} if way != "ternary/4" else set()
+    packed = {onnx.TensorProto.UINT8} if "ternary/" not in way else set()
     assert types == {onnx.TensorProto.INT8} | packed | ({onnx.TensorProto.FLOAT} if "float" in way else set())
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import platform
 from contextlib import nullcontext
 from dataclasses import replace
 from io import StringIO
@@ -231,6 +232,46 @@ def test_auto_takes_what_the_processor_here_needs_and_says_so(features: tuple[st
     assert ("profile='x86'" in told.getvalue()) == narrow
     assert ds.quantize().kernels == ("avx2" if narrow else "x86")
     assert ds.quantize(activations="none").kernels == ds.quantize(profile="x86").kernels == "x86"
+
+
+@pytest.mark.parametrize("features", [("avx2",), ("avx2", "avx512_vnni")])
+def test_lstms_beside_blocks_have_7_bits_where_the_processor_asks_for_it_and_blocks_have_all(
+    features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiles, "processor", lambda: Processor("a processor", features))
+    model = Net(
+        lambda net, x: net.end(net.rnn(net.table(x))[0]), table=nn.Embedding(50, 64), rnn=nn.LSTM(64, 256, batch_first=True), end=nn.Linear(256, 512)
+    )
+    technique = ds.quantize(activations="dynamic", group=128, rounding="nearest")
+    assert technique.kernels == ("avx2" if len(features) == 1 else "x86")  # a part of the step's key in a run
+    made = technique(capture(model.eval(), (TOKENS,)), task_of(model, (TOKENS,)))
+    highest = {
+        str(node.args[0].target): int(
+            (made.tensor(str(node.args[0].target)) / made.tensor(str(node.args[1].target)).unsqueeze(-1)).abs().max().round()
+        )
+        for node in made.graph.nodes
+        if node.op == "call_function" and "fake_quantize.default" in str(node.target) and "rnn" in str(getattr(node.args[0], "target", ""))
+    }
+    assert set(highest) == {"rnn.weight_ih_l0", "rnn.weight_hh_l0"}
+    assert {value > 64 for value in highest.values()} == {len(features) == 2}
+
+
+def test_an_x86_of_which_nothing_is_known_counts_as_one_that_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine, narrow in (("x86_64", True), ("AMD64", True), ("arm64", False)):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        assert adds_in_16_bits(()) == narrow
+        assert not adds_in_16_bits(("avx2", "avx_vnni"))
+
+
+def test_levels_that_are_learned_do_not_overflow_and_stay_three_through_reconstruction(tmp_path: Path) -> None:
+    """Weights of one sign and large inputs, so that sums of two products are as large as they get."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    for layer in (model[0], model[2], model[4]):
+        layer.weight.data = torch.rand(layer.weight.shape) + 0.2
+    example = torch.rand(16, 64) + 1
+    made, path = made_for("auto", lambda: model, example, tmp_path, levels="ttq", activation_bits=8, reconstruct=20, samples=32)
+    assert all(len(row.unique()) <= 3 for row in made.tensor("2.weight").detach())
+    simulation_equals_artifact(made, path, like((example,), 4, 7))
 
 
 def test_the_bits_at_the_ends_are_few_where_they_are_asked_for(tmp_path: Path) -> None:

@@ -214,6 +214,7 @@ def test_fit_tries_it_for_large_linear_layers_in_onnxruntime():
         return plain(nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)), torch.randn(2, width))
 
     wanted = "quantize(activations='dynamic', rounding='nearest', group=128)"
-    assert wanted in recipes_for("onnxruntime", of(384)) and wanted not in recipes_for("onnxruntime", of(64))
-    assert wanted not in recipes_for("openvino", of(384)) and wanted not in recipes_for("onnxruntime", of(384), ("avx2",))
+    fast = ("avx2", "avx512_vnni")
+    assert wanted in recipes_for("onnxruntime", of(384), fast) and wanted not in recipes_for("onnxruntime", of(64), fast)
+    assert wanted not in recipes_for("openvino", of(384), fast) and wanted not in recipes_for("onnxruntime", of(384), ("avx2",))
     assert str(ds.Recipe.parse(wanted)) == wanted

@@ -34,6 +34,7 @@ MOVING = """
 """
 MOVES = frozenset(MOVING.split())
 QUANTIZED = (ours.fake_quantize.default, ours.fake_quantize_dynamic.default)
+LARGEST = 64  # that codes become: two products of it with an unsigned byte can be added in 16 bits
 
 
 def lower_weight(network: Network, fake: fx.Node, ranks: dict[fx.Node, int], runtime: str, explicit: bool = False) -> list[Decoding]:
@@ -85,8 +86,8 @@ def _moves(node: fx.Node) -> bool:
 
 
 def finer(grid: grids.Grid) -> int:
-    """The power of two that codes of a signed grid are multiplied by in a file; 1 for those of int8."""
-    room = grids.INT8.high // max(-grid.low, grid.high)
+    """The power of two that codes of a signed grid are multiplied by in a file, up to ``LARGEST``; 1 for those of 7 bits and int8."""
+    room = LARGEST // max(-grid.low, grid.high)
     return 1 if grid.low >= 0 or room < 2 else 1 << (room.bit_length() - 1)
 
 
@@ -94,7 +95,7 @@ def finer(grid: grids.Grid) -> int:
 class ChannelWeight:
     """A fake-quantized weight: its codes, and the constants made of them so far, by whether they are transposed.
 
-    Codes of few bits are multiplied by a power of two that int8 has room for, ``factor``, and the scale is divided by it: the values are the
+    Codes of few bits are multiplied by a power of two, ``factor``, and the scale is divided by it: the values are the
     same, and integer biases, whose step is this scale times the input's, become so much finer. In the file they are packed, if it ``packs``.
     """
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from ..network.network import Network
 from ..network.rewrite import argument, constant, set_constant
-from ..numerics.grids import SYMMETRIC_INT8, per_axis
+from ..numerics.grids import per_axis
 from ..numerics.groups import spread
 from ..numerics.lowbit import learned_step
 from ..numerics.rounding import Rounding, rectified_sigmoid, undecided
@@ -27,6 +27,8 @@ GROUPED = torch.ops.downsize.fake_quantize_groups.default
 # Shorter rows (of depthwise convolutions) stay as they were rounded: a solver's few codes are good together, each is a large part of the
 # output, and one that becomes hard last makes it many times worse; measured, the part as a whole ends better without.
 FEWEST_COLUMNS = 32
+# Grids with this code have so many that rounding up or down is not worth training; those of two learned levels, whose codes must stay, have it too.
+MANY = 63
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Fitting:
         fake = layer.args[at_weight]
         source = fake.args[0] if fake.target in (FAKE, GROUPED) else None
         weight = constant(self.network, source)
-        if weight is None or len(fake.users) > 1 or len(source.users) > 1 or grid_of(fake).high >= SYMMETRIC_INT8.high:
+        if weight is None or len(fake.users) > 1 or len(source.users) > 1 or grid_of(fake).high >= MANY:
             return
         if str(source.target) in originals and weight.numel() >= FEWEST_COLUMNS * weight.shape[axis]:
             original = originals[str(source.target)].detach()

@@ -29,7 +29,7 @@ def room(bits: int, profile: Profile) -> int:
     return min(bits, REDUCED) if profile == "avx2" and bits != FLOAT else bits
 
 
-def tell(asked: Profile, taken: Profile, progress: Progress | None) -> None:
-    """Say which profile ``auto`` took, where weights lose a bit by it."""
-    if progress and asked == "auto" and taken == "avx2":
+def tell(asked: Profile, wanted: int, most: int, progress: Progress | None) -> None:
+    """Say where weights lose a bit by what ``auto`` took: as many bits are ``wanted``, and there is room for so many."""
+    if progress and asked == "auto" and wanted > most:
         progress.say(NARROW)

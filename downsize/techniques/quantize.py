@@ -165,7 +165,8 @@ class Quantize:
             return network.fork()
         if self.latency is not None:
             file_clock(need_clock(task.clock))
-        tell(self.profile, self.kernels, task.progress)
+        wanted = max(bits for bits in (self.bits, self.ends, self.tables or 2, *self.widths) if bits != FLOAT)
+        tell(self.profile, wanted, self.most, task.progress)
         original = prepared(network)
         plain = original.fork()
         fold_batch_norm(plain)
@@ -210,8 +211,13 @@ class Quantize:
 
     @property
     def kernels(self) -> Profile:
-        """``profile``, with ``auto`` resolved for this machine and these weights."""
-        return kernels(self.profile, integers=self.kind != "none" and not self.in_blocks)
+        """``profile``, with ``auto`` resolved for this machine."""
+        return kernels(self.profile, integers=self.kind != "none")
+
+    @property
+    def most(self) -> int:
+        """The bits that these kernels have room for in a weight; those that multiply in blocks have room for all."""
+        return 8 if self.in_blocks else room(8, self.kernels)
 
     @property
     def is_plain(self) -> bool:
@@ -239,7 +245,7 @@ class Quantize:
     @property
     def counts(self) -> Bits:
         """The bits of everything."""
-        return Bits(self.bits, self.activation_bits or 8, self.ends, self.profile == "tensorrt", room(8, self.kernels))
+        return Bits(self.bits, self.activation_bits or 8, self.ends, self.profile == "tensorrt", self.most)
 
     @property
     def build(self) -> Build:
@@ -251,9 +257,10 @@ class Quantize:
             among = ", ".join(map(str, sorted(set(self.widths))))
             return f"weights of {among} bits, activations {self.kind if self.kind != 'static' else f'{self.counts.activations} bits'}"
         if self.is_plain and (self.kind == "none" or self.counts.activations == 8):
-            return f"int8 {self.kind}"
+            return f"int8 {self.kind}" + f", weights of {self.most} bits" * (self.most < 8)
         weights = str(self._inner_format) if self.levels in ("uniform", "nf4") else self.levels
-        return f"weights {weights}, activations {self.kind if self.kind != 'static' else f'{self.counts.activations} bits'}, ends {self.ends} bits"
+        activations = self.kind if self.kind != "static" else f"{self.counts.activations} bits"
+        return f"weights {weights}, activations {activations}, ends {self.counts.of_weights[0]} bits"
 
     # After training --------------------------------------------------------------------------------------------------------------
 
@@ -303,7 +310,7 @@ class Quantize:
         """The bits of each weight, where ``widths`` leaves a choice."""
         if not self.widths:
             return {}
-        widths = {room(bits, self.kernels) for bits in self.widths}
+        widths = {bits if bits == FLOAT else min(bits, self.most) for bits in self.widths}
         return bits_within(original, plain, self._place(plain), self.build, self._inner_format, widths, self.limits, pieces, task)
 
     def _formats(self, network: Network, placement: Placement, bits: Mapping[str, int]) -> dict[str, Format]:
@@ -318,7 +325,7 @@ class Quantize:
             if count != FLOAT:
                 formats[str(point.node.target)] = Format(8) if count == 8 else Format(count, self.group, self.symmetric)
         # The integer operator for an LSTM takes one scale a row.
-        states, bits_of_states = dynamic_layers(network, placement) if self.in_blocks else [], room(self.bits, kernels(self.profile, True))
+        states, bits_of_states = dynamic_layers(network, placement) if self.in_blocks else [], room(self.bits, self.kernels)
         return formats | {str(one.target): Format(bits_of_states) for node in states for one in matrices(network, node)}
 
     def _weights_alone(self, plain: Network, task: Task) -> Network:
