@@ -42,7 +42,7 @@ slow: $(STAMP)
 	$(PYTEST) -m slow
 
 demo: $(STAMP)
-	$(BIN)/downsize fit examples/photos.py --runtime onnxruntime --threads 1 --size 5.2MB --latency-ratio 0.65 --drop 5% --into runs/photos
+	$(BIN)/downsize fit examples/photos.py --runtime onnxruntime --threads 1 --size 5.2MB --latency-ratio 0.8 --drop 5% --into runs/photos
 
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

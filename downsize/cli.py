@@ -75,7 +75,7 @@ Into = Annotated[
 
 
 @app.command(
-    epilog="Example:  downsize fit examples/photos.py --size 5.2MB --latency-ratio 0.65 --drop 5% --into runs/photos\n\n"
+    epilog="Example:  downsize fit examples/photos.py --size 5.2MB --latency-ratio 0.8 --drop 5% --into runs/photos\n\n"
     "The file is runs/photos/model.onnx, the numbers are in report.json beside it."
 )
 def fit(

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with its ImageNet weights: `downsize fit examples/photos.py --size 5.2MB --latency-ratio 0.65 --drop 5%`.
+"""EfficientNet-Lite0 with its ImageNet weights: `downsize fit examples/photos.py --size 5.2MB --latency-ratio 0.8 --drop 5%`.
 
 Calibrated on crops of scikit-image's photos, chosen on crops of foolbox's 20 ImageNet photos by agreement with the original model, and
 judged by the right classes of those 20 photos.
