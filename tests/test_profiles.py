@@ -266,8 +266,9 @@ def test_an_x86_of_which_nothing_is_known_counts_as_one_that_overflows(monkeypat
 def test_levels_that_are_learned_do_not_overflow_and_stay_three_through_reconstruction(tmp_path: Path) -> None:
     """Weights of one sign and large inputs, so that sums of two products are as large as they get."""
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
-    for layer in (model[0], model[2], model[4]):
-        layer.weight.data = torch.rand(layer.in_features * layer.out_features).reshape(layer.out_features, -1) + 0.2
+    for name, tensor in model.named_parameters():
+        if name.endswith("weight"):
+            tensor.data = torch.rand_like(tensor) + 0.2
     example = torch.rand(16, 64) + 1
     made, path = made_for("auto", lambda: model, example, tmp_path, levels="ttq", activation_bits=8, reconstruct=20, samples=32)
     assert all(len(row.unique()) <= 3 for row in made.tensor("2.weight").detach())

@@ -165,8 +165,7 @@ class Quantize:
             return network.fork()
         if self.latency is not None:
             file_clock(need_clock(task.clock))
-        wanted = max(bits for bits in (self.bits, self.ends, self.tables or 2, *self.widths) if bits != FLOAT)
-        tell(self.profile, wanted, self.most, task.progress)
+        tell(self.profile, self.wanted, self.most, task.progress)
         original = prepared(network)
         plain = original.fork()
         fold_batch_norm(plain)
@@ -213,6 +212,11 @@ class Quantize:
     def kernels(self) -> Profile:
         """``profile``, with ``auto`` resolved for this machine."""
         return kernels(self.profile, integers=self.kind != "none")
+
+    @property
+    def wanted(self) -> int:
+        """The most bits that are asked for in a weight that is quantized."""
+        return max(bits for bits in (self.bits, self.ends, self.tables or 2, *self.widths) if bits != FLOAT)
 
     @property
     def most(self) -> int:
