@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -28,6 +29,7 @@ from downsize.facts import (
     to_json,
     worse,
 )
+from downsize.planner import Search
 from downsize.target import LIMITS, Limit, Target, parse_fraction, parse_size, parse_time
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -209,6 +211,14 @@ def test_warnings_are_part_of_the_verdicts_text():
     assert str(warned).splitlines()[2] == text
     assert from_json(Verdict, to_json(warned)) == warned
     assert from_json(Verdict, '{"met": true}').warnings == ()  # of a report before there were any
+
+
+def test_the_original_is_not_worse_than_itself():
+    one, other = (Attempt(name, "", None, measured(size=size), None, None, False, "") for name, size in (("original", 5000), ("made", 6000)))
+    search = SimpleNamespace(attempts=[one, other], limits=())
+    verdict = Verdict.judge([], {})
+    assert Search._warned(search, verdict, one, one.measurements) == verdict
+    assert len(Search._warned(search, verdict, other, other.measurements).warnings) == 1
 
 
 @given(TARGETS, st.lists(MEASUREMENTS, max_size=5))

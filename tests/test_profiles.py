@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from small_nets import FLOAT_LAYERS, Net, conv, in_onnxruntime, like, task_of
 from torch import nn
 
 import downsize as ds
+from downsize.bench import Bench
 from downsize.errors import SpecError
 from downsize.network.capture import capture
 from downsize.network.network import Network
@@ -273,6 +275,24 @@ def test_levels_that_are_learned_do_not_overflow_and_stay_three_through_reconstr
     made, path = made_for("auto", lambda: model, example, tmp_path, levels="ttq", activation_bits=8, reconstruct=20, samples=32)
     assert all(len(row.unique()) <= 3 for row in made.tensor("2.weight").detach())
     simulation_equals_artifact(made, path, like((example,), 4, 7))
+
+
+def test_reconstruction_leaves_learned_levels_three(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    example = torch.randn(16, 64)
+    made, _ = made_for("auto", lambda: model, example, tmp_path, levels="ttq", activation_bits=8, reconstruct=60, correct=False, samples=32)
+    assert all(len(row.unique()) <= 3 for row in made.tensor("2.weight").detach())
+
+
+def test_a_step_made_for_other_kernels_is_another_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    for features in (("avx2",), ("avx2", "avx512_vnni")):
+        monkeypatch.setattr(profiles, "processor", lambda features=features: Processor("a processor", features))
+        run = SimpleNamespace(place=list, clear=list, network=lambda parts, make, needs: keys.append(list(parts)))
+        stage = SimpleNamespace(key="before", network=capture(nn.Linear(4, 4).eval(), (torch.randn(2, 4),)))
+        bench: Any = SimpleNamespace(data_key="data", task=task_of(residual(), (IMAGE,)), progress=Progress(quiet=True), run=run)
+        Bench._apply(bench, ds.quantize(), "quantize()", stage)  # type: ignore[arg-type]
+    assert keys[0] != keys[1]
 
 
 def test_the_bits_at_the_ends_are_few_where_they_are_asked_for(tmp_path: Path) -> None:
