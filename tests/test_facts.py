@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -215,7 +216,7 @@ def test_warnings_are_part_of_the_verdicts_text():
 
 def test_the_original_is_not_worse_than_itself():
     one, other = (Attempt(name, "", None, measured(size=size), None, None, False, "") for name, size in (("original", 5000), ("made", 6000)))
-    search = SimpleNamespace(attempts=[one, other], limits=())
+    search: Any = SimpleNamespace(attempts=[one, other], limits=())
     verdict = Verdict.judge([], {})
     assert Search._warned(search, verdict, one, one.measurements) == verdict
     assert len(Search._warned(search, verdict, other, other.measurements).warnings) == 1
