@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from zoo import BY_NAME, specimen
 
-from downsize.errors import CutError
+from downsize.errors import AllocationError, CutError
 from downsize.network.cut import cut
 from downsize.network.empty import can_empty, emptied
 from downsize.network.judge import Judge, TailJudge
@@ -108,9 +110,9 @@ def made_of(gone: torch.Tensor) -> Any:
     return gone
 
 
-def test_widths_are_chosen_as_by_brute_force():
-    """Oracle: all combinations of levels, with a cost that is a product of two widths and a sum."""
-    network, _, found, _ = setting("encoder")
+def three_axes() -> tuple[list[Ladder], Any, Callable[[dict[str, list[int]]], float]]:
+    """Ladders with random errors, terms of a cost that is a product of two widths and a sum, and that cost of what is left."""
+    _, _, found, _ = setting("encoder")
     generator = np.random.default_rng(0)
     ladders = []
     for site in found[:3]:
@@ -118,15 +120,19 @@ def test_widths_are_chosen_as_by_brute_force():
         errors = np.concatenate([[0.0], np.sort(generator.uniform(0, 1, len(widths) - 1))])
         ladders.append(Ladder(site, torch.arange(site.axis.units), widths, tuple(errors.tolist())))
 
-    def cost(shares: Any) -> float:
-        return float(10 * shares[0] * shares[1] + 5 * shares[2] + 1)
-
     def terms(widths: Any) -> tuple[Term, ...]:
         return Term((0, 1), 10 * np.multiply.outer(widths[0], widths[1])), Term((2,), 5 * widths[2]), Term((), np.asarray(1.0))
 
-    def real(dead: dict[str, list[int]]) -> float:
-        return cost([1 - len(dead.get(ladder.site.axis.name, [])) / ladder.site.axis.units for ladder in ladders])
+    return ladders, terms, lambda dead: cost([1 - len(dead.get(ladder.site.axis.name, [])) / ladder.site.axis.units for ladder in ladders])
 
+
+def cost(shares: Sequence[float]) -> float:
+    return float(10 * shares[0] * shares[1] + 5 * shares[2] + 1)
+
+
+def test_widths_are_chosen_as_by_brute_force():
+    """Oracle: all combinations of levels, with a cost that is a product of two widths and a sum."""
+    ladders, terms, real = three_axes()
     dead = choose(ladders, Amount("cost", 8.0, terms, real), "global")
     best = min(
         sum(ladder.errors[level] for ladder, level in zip(ladders, levels, strict=True))
@@ -136,4 +142,17 @@ def test_widths_are_chosen_as_by_brute_force():
     levels = [ladder.widths.index(ladder.site.axis.units - len(dead.get(ladder.site.axis.name, []))) for ladder in ladders]
     assert real(dead) <= 8.0
     assert sum(ladder.errors[level] for ladder, level in zip(ladders, levels, strict=True)) == pytest.approx(best, rel=2e-3)
-    assert network is not None
+
+
+def test_a_limit_is_met_where_the_real_cost_is_a_staircase_that_the_terms_do_not_show():
+    """As measured latency is: a step of a sixteenth of the limit, always a little above what was asked for until the next one."""
+    ladders, terms, real = three_axes()
+
+    def stairs(dead: dict[str, list[int]]) -> float:
+        return ceil(real(dead) / 0.5) * 0.5 + 0.02
+
+    for most in (8.0, 6.0, 4.0):
+        dead = choose(ladders, Amount("latency", most, terms, stairs), "global")
+        assert most - 1 < stairs(dead) <= most
+    with pytest.raises(AllocationError, match="the widths found leave 1000, more than 4; ask for a little less"):
+        choose(ladders, Amount("latency", 4.0, terms, lambda dead: 1000.0), "global")

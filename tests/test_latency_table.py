@@ -18,7 +18,7 @@ from downsize.network.capture import capture
 from downsize.network.cost import count
 from downsize.network.network import Network
 from downsize.network.onnx_file import write
-from downsize.pruning.latency import LayerShape, Operand, latency_table, layer_shapes, predicted, side_by_side
+from downsize.pruning.latency import LayerShape, Operand, latency_table, layer_shapes, predicted, side_by_side, spelled
 from downsize.runtimes import OperatorTime
 
 IMAGE = torch.zeros(2, 3, 16, 16)
@@ -68,6 +68,14 @@ def test_the_shapes_of_a_network():
     )
     assert [operand.shape for operand in grouped.operands] == [(1, 16, 8, 8), (32, 4, 3, 3)]
     assert (head.operator, head.operands[0].shape) == ("aten.linear.default", (1, 64))
+
+
+def test_a_layer_has_one_spelling():
+    conv2d = torch.ops.aten.conv2d.default
+    short = spelled(conv2d, ["x", "y"], {})
+    assert short == spelled(conv2d, ["x", "y", None, [1, 1], [0, 0], [1, 1], 1], {}) == spelled(conv2d, ["x", "y"], {"groups": 1, "padding": [0, 0]})
+    others = [(["x", "y", None, [1, 1], [1, 0]], {}), (["x", "y"], {"groups": 2}), (["x", "y", None, [2, 2], [0, 0], [1, 1]], {})]
+    assert len({short, *(spelled(conv2d, positions, keywords) for positions, keywords in others)}) == 4
 
 
 @pytest.mark.parametrize("width", [8, 24, 64])

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,11 +15,11 @@ from torch.nn import Parameter
 
 from ..network.cost import count
 from ..network.network import Network, batch_of
-from ..network.operators import encode, name_of
+from ..network.operators import name_of
 from ..network.rewrite import argument, aten
 from ..network.statistics import Hook, walk
 from ..numerics.lowrank_convolutions import Convolution
-from ..pruning.latency import LayerShape, Operand, predicted
+from ..pruning.latency import LayerShape, Operand, predicted, spelled
 from ..pruning.latency_limit import need_clock
 from ..task import Task
 from .layers import Layer, input_node
@@ -56,7 +55,8 @@ class Stage:
         graph = fx.Graph()
         nodes = [graph.placeholder(f"operand{number}") for number in range(len(operands))]
         arguments = (*nodes, *([] if has_bias else [None]), *geometry(self.factor))
-        return LayerShape(name_of(operator_of(self.factor)), tuple(operands), json.dumps([encode(arguments), {}]))
+        target = operator_of(self.factor)
+        return LayerShape(name_of(target), tuple(operands), spelled(target, arguments, {}))
 
 
 def stages(layer: Layer, factors: Sequence[Convolution], shape: tuple[int, ...]) -> Iterator[Stage]:

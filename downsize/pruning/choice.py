@@ -13,7 +13,7 @@ from .ladder import Ladder
 
 # How near the real cost must come to what was asked for, as a share of it, when rounding made the two differ.
 NEAR = 0.005
-ROUNDS = 6
+ROUNDS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,19 +38,27 @@ def choose(ladders: Sequence[Ladder], amount: Amount, scope: str) -> dict[str, l
     """
     relative = [np.array(ladder.widths) / ladder.site.axis.units for ladder in ladders]
     choices = [Choice(ladder.site.axis.name, ladder.errors) for ladder in ladders]
-    terms, most, dead = amount.terms(relative), amount.most, dict[str, list[int]]()
-    best: dict[str, list[int]] | None = None
+    terms, most, step = amount.terms(relative), amount.most, NEAR / 4
+    best, dead, real = None, dict[str, list[int]](), 0.0
     for _ in range(ROUNDS):
         limits = [Limit(amount.name, most, terms)]
-        found = uniform(choices, limits, [ladder.widths for ladder in ladders]) if scope == "layer" else allocate(choices, limits)
+        try:
+            found = uniform(choices, limits, [ladder.widths for ladder in ladders]) if scope == "layer" else allocate(choices, limits)
+        except AllocationError:
+            if most >= amount.most:
+                raise
+            break  # less than was asked for cannot be had: what was found before stands
         dead = {ladder.site.axis.name: ladder.dead(level) for ladder, level in zip(ladders, found.levels, strict=True) if level}
         real = amount.real(dead)
         if real <= amount.most:
             best = dead
             if real >= amount.most * (1 - NEAR) or most >= amount.most:
                 return dead
-        # The terms count a little too much or too little where units have different numbers of positions: aim beside the mark.
-        most *= amount.most / real * (1 - NEAR / 4 if real > amount.most else 1)
+        # The terms count a little too much or too little where units have different numbers of positions, or latency is interpolated: aim
+        # beside the mark, and farther each time, because a few widths or microseconds are a coarse staircase.
+        most *= amount.most / real
+        if real > amount.most:
+            most, step = most * (1 - step), 2 * step
     if best is None:
-        raise AllocationError(f"{amount.name}: the widths found leave {amount.real(dead):.6g}, more than {amount.most:.6g}; ask for a little less.")
+        raise AllocationError(f"{amount.name}: the widths found leave {real:.6g}, more than {amount.most:.6g}; ask for a little less.")
     return best

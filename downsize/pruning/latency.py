@@ -162,9 +162,20 @@ def _shape_of(node: fx.Node, values: Mapping[fx.Node, Any], constant: Container[
         operands.append(Operand(*value, constant=source in constant))
         return stand_ins.placeholder(f"operand{len(operands) - 1}")
 
-    arguments = fx.map_arg((node.args, dict(node.kwargs)), stand_in)
-    spelled = [encode(tuple(arguments[0])), {key: encode(value) for key, value in arguments[1].items()}]
-    return LayerShape(name_of(node.target), tuple(operands), json.dumps(spelled))
+    positions, keywords = fx.map_arg((node.args, dict(node.kwargs)), stand_in)
+    return LayerShape(name_of(node.target), tuple(operands), spelled(node.target, positions, keywords))
+
+
+def spelled(target: Any, positions: Sequence[Any], keywords: Mapping[str, Any]) -> str:
+    """The JSON of a call's arguments, without those that say what holds anyhow: however it is written, one layer is measured once.
+
+    ``conv2d(x, w, None, [1, 1], [0, 0])`` is spelled as ``conv2d(x, w)``.
+    """
+    defaults = [argument.default_value if argument.has_default_value() else ... for argument in target._schema.arguments]
+    by_name = {argument.name: default for argument, default in zip(target._schema.arguments, defaults, strict=True)}
+    needed = max((place + 1 for place, value in enumerate(positions) if value != defaults[place]), default=0)
+    kept = {key: encode(value) for key, value in keywords.items() if value != by_name[key]}
+    return json.dumps([encode(tuple(positions[:needed])), kept])
 
 
 def side_by_side(shapes: Sequence[LayerShape]) -> Network:
