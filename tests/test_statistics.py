@@ -14,8 +14,9 @@ from zoo import BY_NAME, assert_close, captured, images, specimen
 
 from downsize.errors import TaskError
 from downsize.network.capture import capture
+from downsize.network.dry import shapes
 from downsize.network.rewrite import aten
-from downsize.network.statistics import BINS, CHUNK_ELEMENTS, HISTOGRAM_ELEMENTS, Distribution, Pieces, chunks, distributions, shapes, walk
+from downsize.network.statistics import BINS, CHUNK_ELEMENTS, HISTOGRAM_ELEMENTS, Distribution, Pieces, chunks, distributions, walk
 
 
 def oracle(values: list[Tensor], limit: float) -> np.ndarray:

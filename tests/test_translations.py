@@ -138,7 +138,7 @@ def test_a_file_computes_the_same_whether_or_not_its_operators_were_taken_apart(
     model, x = build().eval(), torch.randn(3, 1, 8, 8)
     network = capture(model, x[:2])
     assert (decomposed(network, tmp_path / "whole.onnx", monkeypatch) == 0) == whole
-    monkeypatch.setattr(onnx_file, "decomposed_where_needed", contextlib.nullcontext)
+    monkeypatch.setattr(onnx_file, "retraced_where_needed", contextlib.nullcontext)
     write(network, tmp_path / "apart.onnx")
     kinds = []
     for name in ("whole", "apart"):

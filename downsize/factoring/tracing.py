@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..network.attention import ATTENTION
+from ..network.dry import dry_walk
 from ..network.flow import SHAPE_READERS
 from ..network.lineage_rules import operator_name
 from ..network.lower_weights import PRODUCTS
@@ -25,7 +25,7 @@ from ..network.memory import writes
 from ..network.network import Network
 from ..network.positions import getitem
 from ..network.rewrite import argument, aten, constant
-from ..network.statistics import Hook, walk
+from ..network.statistics import Hook
 
 MATMULS = {aten.matmul.default: 0, aten.bmm.default: 0, aten.mm.default: 0, aten.baddbmm.default: 1}
 # Operators that only move what is in their first argument.
@@ -101,9 +101,7 @@ def _recorded(network: Network, sizes: Sequence[Sequence[int]]) -> Facts:
     def recorder(node: fx.Node) -> Hook:
         return lambda args, value: found.__setitem__(node, (args, value))
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        leaves = [torch.empty(tuple(size), dtype=port.dtype) for size, port in zip(sizes, network.ports, strict=True)]
-        walk(network, leaves, {node: recorder(node) for node in network.graph.nodes})
+    dry_walk(network, {node: recorder(node) for node in network.graph.nodes}, sizes)
     return found
 
 

@@ -10,12 +10,11 @@ import math
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .dry import dry_walk
 from .lower import insert_call
 from .network import Network
 from .rewrite import argument, aten
-from .statistics import walk
 
 ATTENTION = aten.scaled_dot_product_attention.default
 
@@ -38,10 +37,8 @@ def spell_attention(network: Network) -> None:
 def _facts(network: Network, found: list[fx.Node]) -> dict[fx.Node, list[torch.Tensor]]:
     """The arguments of each attention, as tensors without data."""
     facts: dict[fx.Node, list[torch.Tensor]] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        leaves = [torch.empty(port.example, dtype=port.dtype) for port in network.ports] if found else []
-        if found:
-            walk(network, leaves, {node: lambda args, value, node=node: facts.__setitem__(node, list(args)) for node in found})
+    if found:
+        dry_walk(network, {node: lambda args, value, node=node: facts.__setitem__(node, list(args)) for node in found})
     return facts
 
 

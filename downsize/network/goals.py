@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple
 from torch import Tensor, fx
 
 from .columns import MATRIX_LAYERS, can_unfold, channel_axis
+from .dry import shapes
 from .network import Network
 from .rewrite import IDENTITIES, argument, aten, constant, only_user, set_constant
-from .statistics import shapes
 
 DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..numerics import grids
+from .dry import shapes
 from .lower_groups import Decoding, GroupedWeight, insert_call
 from .lower_recurrent import lower_recurrent
 from .lower_weights import PRODUCTS, lower_weight
 from .lower_weights import finer as finer
 from .network import Network
 from .rewrite import CONVOLUTIONS, add_constant, argument, constant, only_user
-from .statistics import shapes
 
 aten = torch.ops.aten
 ours = torch.ops.downsize
@@ -88,8 +87,7 @@ def lower(network: Network, runtime: str = "") -> list[Decoding]:
     for fake in [node for node in network.graph.nodes if node.target in GROUPED and constant(network, node.args[0]) is not None]:
         made += GroupedWeight.of(network, fake).lower(runtime)
     fakes = [node for node in network.graph.nodes if node.target is ours.fake_quantize.default]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        ranks = {node: len(size) for node, size in shapes(network).items()} if fakes else {}
+    ranks = {node: len(size) for node, size in shapes(network).items()} if fakes else {}
     weights = [fake for fake in fakes if constant(network, fake.args[0]) is not None]
     # TensorRT takes signed activations, and weights behind its dequantize operators alone: nothing may be packed.
     explicit = any(_grid(fake).low < 0 for fake in fakes if fake not in weights)

@@ -33,7 +33,7 @@ from .lower_halves import lower_halves
 from .network import Network
 from .rewrite import aten, drop_identities, fold_batch_norm, fold_padding
 from .runtime_faults import avoid
-from .translations import decomposed_where_needed, read_once, traced_briefly
+from .translations import read_once, retraced_where_needed, traced_briefly
 
 METADATA_KEY = "downsize.io"
 # protobuf cannot hold more in one file.
@@ -163,7 +163,7 @@ def to_onnx(network: Network, runtime: str = "") -> ir.Model:
 
 
 def _translate(network: Network, names: tuple[list[str], list[str]]) -> ir.Model:
-    with _quiet(), read_once(), traced_briefly(), decomposed_where_needed():
+    with _quiet(), read_once(), traced_briefly(), retraced_where_needed():
         program = _export(network)
         try:
             made = torch.onnx.export(

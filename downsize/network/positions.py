@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .atoms import NEVER, Atoms, Ids
+from .dry import dry_walk
 from .network import Network
-from .statistics import walk
 
 Dims = tuple[Ids, ...]
 
@@ -152,10 +150,7 @@ def output_shapes(network: Network, sizes: Sequence[Sequence[int]] | None = None
 
         return record
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        given = sizes or [port.example for port in network.ports]
-        leaves = [torch.empty(tuple(size), dtype=port.dtype) for size, port in zip(given, network.ports, strict=True)]
-        walk(network, leaves, {node: recorder(node) for node in network.graph.nodes})
+    dry_walk(network, {node: recorder(node) for node in network.graph.nodes}, sizes)
     return {node: value for node, value in found.items() if value is not None}
 
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx
 
+from .dry import shapes
 from .memory import is_written
 from .network import Network
 from .parts import assign
 from .repeats import merge_repeats
-from .statistics import shapes
 
 aten = torch.ops.aten
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}

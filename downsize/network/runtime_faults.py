@@ -15,15 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import ExportError
 from ..numerics import grids
 from .clean import at
+from .dry import dry_walk
 from .lower import dequantized, insert_call
 from .network import Network
 from .rewrite import argument, aten, constant
-from .statistics import walk
 
 ours = torch.ops.downsize
 # Average pools, each with the convolution of as many dimensions.
@@ -63,9 +62,7 @@ def _facts(network: Network) -> Facts:
     def record(node: fx.Node) -> Any:
         return lambda args, value: facts.__setitem__(node, value) if isinstance(value, Tensor) else None
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        leaves = [torch.empty(port.example, dtype=port.dtype) for port in network.ports]
-        walk(network, leaves, {node: record(node) for node in network.graph.nodes})
+    dry_walk(network, {node: record(node) for node in network.graph.nodes})
     return facts
 
 

@@ -25,7 +25,9 @@ CHUNK_ELEMENTS = 2**18
 SMALLEST_LIMIT = 2.0**-100
 
 
-class _Walk(fx.Interpreter):
+class Walk(fx.Interpreter):
+    """Calls ``hooks[node](args, value)`` behind each node named there, and frees tensors after their last reader; see :func:`walk`."""
+
     def __init__(self, network: Network, hooks: Mapping[fx.Node, Hook]) -> None:
         super().__init__(network.graph_module, garbage_collect_values=True)
         self.hooks = hooks
@@ -47,7 +49,7 @@ def walk(network: Network, leaves: list[Tensor], hooks: Mapping[fx.Node, Hook], 
     for derivatives. Returns the flat outputs.
     """
     with torch.set_grad_enabled(gradients):
-        return _Walk(network, hooks).run(*leaves, enable_io_processing=False)
+        return Walk(network, hooks).run(*leaves, enable_io_processing=False)
 
 
 class Pieces(Sequence[list[Tensor]]):
@@ -197,19 +199,3 @@ def _recorder(distribution: Distribution) -> Hook:
         distribution.add(value)
 
     return record
-
-
-def shapes(network: Network) -> dict[fx.Node, tuple[int, ...]]:
-    """The shape of every tensor node at the example's sizes."""
-    found: dict[fx.Node, tuple[int, ...]] = {}
-
-    def recorder(node: fx.Node) -> Hook:
-        def record(args: tuple[Any, ...], value: Any) -> None:
-            if isinstance(value, Tensor):
-                found[node] = tuple(value.shape)
-
-        return record
-
-    leaves = [torch.zeros(port.example, dtype=port.dtype) for port in network.ports]
-    walk(network, leaves, {node: recorder(node) for node in network.graph.nodes})
-    return found

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from . import exporter_words
+
 LISTING = "_materialize_cpp_cia_ops"
 # Composite operators that give views, which the exporter takes apart although it can say them.
 SAID_AS_THEY_ARE = {torch.ops.aten.flatten.using_ints, torch.ops.aten.reshape.default, torch.ops.aten.contiguous.default}
@@ -63,28 +65,34 @@ def traced_briefly() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def decomposed_where_needed() -> Iterator[None]:
-    """While inside, torch's exporter does not trace a program once more to take operators apart where it can say all of them as they are.
+def retraced_where_needed() -> Iterator[None]:
+    """While inside, torch's exporter does not run a program again to take operators apart, or to cast numbers, where a few nodes say it.
 
-    That trace is two thirds of the time that a file takes. Without it the file computes the same; sizes that are known are constants, inner values
-    have other names, and a view that changes nothing may stay.
+    These runs are two thirds of the time that a file takes. Without them the file computes the same; sizes that are known are constants, inner
+    values have other names, and a view that changes nothing may stay.
     """
     try:
         from torch.onnx._internal.exporter import _decomp, _fx_passes
 
-        said_by, own = _decomp.get_onnx_implemented_overloads, _fx_passes.decompose_with_registry
+        said_by, take_apart, cast = _decomp.get_onnx_implemented_overloads, _fx_passes.decompose_with_registry, _fx_passes.insert_type_promotion_nodes
+        exporter_words.rules()
     except (ImportError, AttributeError):
         yield
         return
 
     def decompose(program: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
+        exporter_words.respell(program.graph)
         said = set(said_by(registry))
         targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
         # What is no operator takes a part of a tuple or computes with sizes.
         whole = all(_is_said(target, said) for target in targets if isinstance(target, torch._ops.OperatorBase))
-        return program if whole else own(program, registry)
+        return program if whole else take_apart(program, registry)
 
-    with _set(_fx_passes, "decompose_with_registry", decompose):
+    def promote(module: torch.fx.GraphModule) -> None:
+        if not exporter_words.numbers_cast(module.graph):
+            cast(module)
+
+    with _set(_fx_passes, "decompose_with_registry", decompose), _set(_fx_passes, "insert_type_promotion_nodes", promote):
         yield
 
 

@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import TaskError
+from ..network.dry import shapes
 from ..network.memory import sharers, writes
 from ..network.network import Network
 from ..network.rewrite import CONVOLUTIONS, TRANSPOSED, aten, constant, is_zero_padding, only_user
-from ..network.statistics import shapes
 
 # Layers with a weight: operator -> positions of input, weight, bias, and the weight's output axis.
 WEIGHT_LAYERS: dict[object, tuple[int, int, int | None, int]] = {
@@ -98,8 +97,7 @@ def place(network: Network) -> Placement:
     Raises:
         TaskError: the weights are of another type than float32.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        sizes = shapes(network)
+    sizes = shapes(network)
     placement = Placement()
     changed = {one for node in network.graph.nodes for written in writes(node) for one in sharers(written)}
     _layers(network, placement, sizes, changed)

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import SpecError, TaskError, nearest
+from ..network.dry import dry_walk
 from ..network.lower_halves import ROUND
 from ..network.memory import is_written
 from ..network.network import Network
@@ -152,9 +152,7 @@ def _floats(network: Network) -> set[fx.Node]:
     def record(node: fx.Node) -> Hook:
         return lambda args, value: found.add(node) if isinstance(value, Tensor) and value.dtype is torch.float32 else None
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        leaves = [torch.empty(port.example, dtype=port.dtype) for port in network.ports]
-        walk(network, leaves, {node: record(node) for node in network.graph.nodes})
+    dry_walk(network, {node: record(node) for node in network.graph.nodes})
     return found
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import TaskError
+from ..network.dry import shapes
 from ..network.network import Network
 from ..network.rewrite import aten
-from ..network.statistics import shapes
 from ..numerics.distillation import (
     attention_maps,
     regression,
