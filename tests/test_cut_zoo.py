@@ -45,6 +45,7 @@ def some(lineage: Lineage, seed: int, exact: bool | None = None) -> dict[str, li
     return {axis.name: sorted(rng.sample(range(axis.units), rng.randint(1, max(1, 2 * axis.units // 3)))) for axis in axes}
 
 
+@functools.cache
 def cut_at_random(name: str, seed: int = 1) -> Network:
     lineage = lineage_of(name)
     return cut(lineage, some(lineage, seed))
@@ -76,8 +77,9 @@ def test_a_cut_network_is_smaller_and_loads_bit_equal(name):
     loaded_equals_live(made, ARCHITECTURES[name].inputs(3))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", EVERY[::2])
 def test_a_cut_network_runs_in_onnxruntime_at_other_batch_sizes(name, tmp_path):
+    """Every second one: whole, they are all written in test_architectures.py, and pruned files in test_prune.py."""
     made = cut_at_random(name)
     write(made, tmp_path / "cut.onnx")
     session = open_artifact(tmp_path / "cut.onnx", "onnxruntime")

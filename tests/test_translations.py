@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from downsize.network import onnx_file, translations
+from downsize.network import exporter_words, onnx_file, translations
 from downsize.network.capture import capture
 from downsize.network.network import Network
 from downsize.network.onnx_file import write
@@ -99,16 +100,23 @@ def test_a_file_has_the_same_bytes_when_it_is_traced_briefly_and_torch_is_as_bef
     assert (tmp_path / "briefly.onnx").read_bytes() == (tmp_path / "in full.onnx").read_bytes()
 
 
-def decomposed(network: Network, path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How often the exporter takes operators apart while the network is written."""
+def runs(network: Network, path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """How often the exporter takes operators apart, and how often it casts numbers, while the network is written."""
     from torch.onnx._internal.exporter import _fx_passes
 
-    calls, own = [], _fx_passes.decompose_with_registry
+    calls, names = [], ("decompose_with_registry", "insert_type_promotion_nodes")
+
+    def counted(name: str) -> Any:
+        own = getattr(_fx_passes, name)
+        return lambda *given: calls.append(name) or own(*given)
+
     with monkeypatch.context() as patched:
-        patched.setattr(_fx_passes, "decompose_with_registry", lambda *given: calls.append(1) or own(*given))
+        for name in names:
+            patched.setattr(_fx_passes, name, counted(name))
+        before = [getattr(_fx_passes, name) for name in names]
         write(network, path)
-        assert _fx_passes.decompose_with_registry is not own
-    return len(calls)
+        assert [getattr(_fx_passes, name) for name in names] == before
+    return calls.count(names[0]), calls.count(names[1])
 
 
 class Views(nn.Module):
@@ -122,31 +130,70 @@ class Views(nn.Module):
         return self.end(torch.softmax(x, -1) + x[:, :1])
 
 
-@pytest.mark.parametrize(
-    ("build", "whole"),
-    [
-        (lambda: pooled(1), True),
-        (Views, True),
-        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Flatten()), True),
-        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 96), nn.GELU(), nn.LayerNorm(96), nn.Unflatten(1, (12, 8))), False),
-        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(3), nn.Softplus()), False),
-    ],
-)
-def test_a_file_computes_the_same_whether_or_not_its_operators_were_taken_apart(build, whole, tmp_path, monkeypatch):
-    """Oracle: the module in torch, at a batch that the example did not have; and the operators of a file made with torch's own decompositions."""
+class Of(nn.Module):
+    """A function of the image [batch, 1, 8, 8], and of one layer of its own."""
+
+    def __init__(self, function: Callable[[torch.Tensor, Any], torch.Tensor], layer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.function, self.layer = function, layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x, self.layer)
+
+
+WORDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
+    "pooled to one": (lambda: pooled(1), (0, 0)),
+    "pooled to more": (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(3), nn.Softplus()), (1, 0)),
+    "views": (Views, (0, 0)),
+    "two flattens": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Flatten()), (0, 0)),
+    "unflatten": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 96), nn.GELU(), nn.LayerNorm(96), nn.Unflatten(1, (12, 8))), (0, 0)),
+    "unflatten the batch": (lambda: Of(lambda x, _: (x + x).transpose(0, 1).unflatten(1, (-1, 1)).squeeze(0)), (0, 0)),
+    "pooled in one direction": (lambda: Of(lambda x, _: torch.adaptive_avg_pool1d(x[:, 0], 1)), (0, 0)),
+    "chunks": (lambda: Of(lambda x, _: torch.cat(x.chunk(3, 2)[::-1], 2)), (0, 0)),
+    "chunks of the batch": (lambda: Of(lambda x, _: torch.cat([part.sum(1) for part in x.chunk(2, 3)])), (0, 0)),
+    "transposed": (lambda: nn.ConvTranspose2d(1, 4, 3, 2, 1, 1), (0, 0)),
+    "transposed, groups": (
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 1), nn.ConvTranspose2d(4, 6, (3, 2), bias=False, groups=2, dilation=(1, 2))),
+        (0, 0),
+    ),
+    "transposed, one direction": (lambda: Of(lambda x, layer: layer(x[:, 0]), nn.ConvTranspose1d(8, 3, 2, 2)), (0, 0)),
+    "smaller and larger": (lambda: Of(lambda x, _: torch.min(x, x.mT) - torch.max(x, 0.1 * x.mT)), (0, 0)),
+    "and, or": (lambda: Of(lambda x, _: torch.where(((x > 0) & (x < 1)) | (x < -1) ^ (x.mT > 0), x, -x)), (0, 0)),
+    "whole numbers": (lambda: Of(lambda x, _: (x + 1) * 2 - x**2 + torch.clamp(x, -1, 1) / 3 + 1 / (3 + x * x)), (0, 0)),
+    "a whole number too large for a float": (lambda: Of(lambda x, _: x * (2**24 + 1)), (0, 1)),
+    "floats from comparisons": (lambda: Of(lambda x, _: x * (x > 0).to(torch.float32) + (x < 1).float()), (0, 0)),
+    "casts that change nothing": (lambda: Of(lambda x, _: x.to(torch.float32).sigmoid().to(torch.float32)), (0, 0)),
+    "a sum of two types": (lambda: Of(lambda x, _: x + (x > 0).long() * 3), (0, 1)),
+    "whole numbers divided": (lambda: Of(lambda x, _: x * ((x > 0).long() / 2)), (0, 1)),
+    "batch norm": (lambda: Of(lambda x, layer: torch.relu(layer(torch.sigmoid(x))), nn.BatchNorm2d(1)), (1, 0)),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_file_computes_the_same_whether_or_not_its_program_was_run_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Oracle: the module in torch, at a batch that the example did not have; and the operators of a file made with torch's own runs."""
     torch.manual_seed(0)
-    model, x = build().eval(), torch.randn(3, 1, 8, 8)
+    (build, expected), x = WORDS[name], torch.randn(3, 1, 8, 8)
+    model = build().eval()
     network = capture(model, x[:2])
-    assert (decomposed(network, tmp_path / "whole.onnx", monkeypatch) == 0) == whole
+    assert runs(network, tmp_path / "whole.onnx", monkeypatch) == expected
     monkeypatch.setattr(onnx_file, "retraced_where_needed", contextlib.nullcontext)
-    write(network, tmp_path / "apart.onnx")
+    assert runs(network, tmp_path / "apart.onnx", monkeypatch) == (1, 1)
     kinds = []
-    for name in ("whole", "apart"):
-        session = onnxruntime.InferenceSession(tmp_path / f"{name}.onnx")
+    for kind in ("whole", "apart"):
+        session = onnxruntime.InferenceSession(tmp_path / f"{kind}.onnx")
         outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(outputs[0]), model(x), rtol=1e-5, atol=1e-6)
-        kinds.append({node.op_type for node in onnx.load(tmp_path / f"{name}.onnx").graph.node})
+        kinds.append({node.op_type for node in onnx.load(tmp_path / f"{kind}.onnx").graph.node})
     # Sizes that are known are said as constants; with decompositions they are computed, and views that change nothing go.
-    assert kinds[0] - {"Flatten"} <= kinds[1]
-    if not whole:
-        assert (tmp_path / "whole.onnx").read_bytes() == (tmp_path / "apart.onnx").read_bytes()
+    assert kinds[0] - {"Flatten", "Reshape"} <= kinds[1]
+
+
+def test_torchs_rules_elsewhere_leave_the_exporter_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    network = capture(pooled(1), torch.zeros(2, 1, 8, 8))
+
+    def gone() -> None:
+        raise ImportError("torch.onnx._internal.fx")
+
+    monkeypatch.setattr(exporter_words, "rules", gone)
+    assert runs(network, tmp_path / "m.onnx", monkeypatch) == (1, 1)

@@ -45,6 +45,8 @@ def respell(graph: fx.Graph) -> None:
             node.target = SAME[node.target]
         elif node.target is aten.adaptive_avg_pool1d.default and list(node.args[1]) == [1]:
             node.target, node.args = aten.mean.dim, (node.args[0], [-1], True)
+        elif node.target is aten.mT.default:
+            node.target, node.args = aten.transpose.int, (node.args[0], -2, -1)
         elif node.target is aten.unflatten.int:
             _reshape(node)
         elif node.target is aten.chunk.default:
