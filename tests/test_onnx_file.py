@@ -115,6 +115,20 @@ def test_attention(name, runtime, tmp_path):
     assert_same(network, tmp_path / "m.onnx", inputs, runtime)
 
 
+@every_runtime
+def test_a_view_of_what_attention_gives_is_written_whatever_its_layout(runtime, tmp_path):
+    """With heads that are views of a layer's output, no copy is captured in front of the last view; the exporter's trace has another layout there."""
+
+    def attend(net: Net, x: Tensor) -> Tensor:
+        q, k, v = (net.layer(x).view(x.shape[0], 5, -1, 8).transpose(1, 2) for _ in range(3))
+        return F.scaled_dot_product_attention(q, k, v).permute(0, 2, 1, 3).contiguous().view(x.shape[0], 5, 24)
+
+    x = torch.randn(2, 5, 24)
+    network = capture(Net(attend, layer=nn.Linear(24, 24)).eval(), x)
+    write(network, tmp_path / "m.onnx")
+    assert_same(network, tmp_path / "m.onnx", x, runtime)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["swin", "t5"])
 def test_models_whose_attention_the_exporter_itself_refuses(name, tmp_path):

@@ -19,9 +19,8 @@ from torch import fx
 
 from ..errors import SpecError, nearest
 from .flow import SHAPE_READERS, Flow
-from .memory import is_written
 from .network import Network
-from .rewrite import IDENTITIES, argument, aten, only_user
+from .rewrite import IDENTITIES, argument, aten, only_user, reshape_views
 
 SUMS = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor}
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device}
@@ -120,7 +119,7 @@ def without(network: Network, removed: Sequence[Block]) -> Network:
         if not twins[node].users:
             made.graph.erase_node(twins[node])
     if not all(block.aligned for block in removed):
-        _reshape_views(made)
+        reshape_views(made)
     if removed:
         made.origin["bypassed"] = [*made.origin.get("bypassed", []), *(block.name for block in removed)]
     made.recompile()
@@ -141,13 +140,6 @@ def outermost(removed: Sequence[Block]) -> list[Block]:
         if not any(other.contains(block) for other in kept):
             kept.append(block)
     return kept
-
-
-def _reshape_views(network: Network) -> None:
-    """A view asks for a layout in memory that the entry may not have; a reshape gives the same values from any."""
-    for node in network.graph.nodes:
-        if node.target is aten.view.default and not is_written(node):
-            node.target = aten.reshape.default
 
 
 # Regions --------------------------------------------------------------------------------------------------------------------------

@@ -19,11 +19,10 @@ from ..errors import CutError
 from .atoms import Ids
 from .lineage import Lineage
 from .lineage_rules import operator_name
-from .memory import is_written
 from .network import Network
 from .parts import assign
 from .positions import output_shapes
-from .rewrite import argument, aten
+from .rewrite import argument, aten, reshape_views
 
 
 class Survivors:
@@ -107,7 +106,7 @@ def cut(network: Network | Lineage, dead: Mapping[str, Iterable[int]], changed: 
         rewrite = REWRITES.get(operator_name(node)) if node.op == "call_function" and node in lineage.dims else None
         if rewrite is not None:
             rewrite(survivors, node, twin)
-    _relax_views(made)
+    reshape_views(made)
     made.recompile()
     _check_shapes(made, survivors, {twin: node for node, twin in twins.items()})
     return made
@@ -132,13 +131,6 @@ def _sliced(tensor: Tensor, alive: Sequence[np.ndarray]) -> Tensor:
             part = part.index_select(dim, torch.from_numpy(np.flatnonzero(one)))
     part = part.contiguous()
     return torch.nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else part
-
-
-def _relax_views(made: Network) -> None:
-    """A view may need a copy when sizes around it change (one head left lies otherwise in memory than four do)."""
-    for node in made.graph.nodes:
-        if node.target in (aten.view.default, aten._unsafe_view.default) and not is_written(node):
-            node.target = aten.reshape.default
 
 
 def _check_shapes(made: Network, survivors: Survivors, origin: Mapping[fx.Node, fx.Node]) -> None:

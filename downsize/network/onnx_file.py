@@ -32,7 +32,7 @@ from .lower import lower
 from .lower_groups import Decoding
 from .lower_halves import lower_halves
 from .network import Network
-from .rewrite import aten, drop_identities, fold_batch_norm, fold_padding
+from .rewrite import aten, drop_identities, fold_batch_norm, fold_padding, reshape_views
 from .runtime_faults import avoid
 from .translations import read_once, retraced_where_needed, traced_briefly
 
@@ -141,6 +141,7 @@ def _lowered(network: Network, runtime: str) -> tuple[Network, list[Decoding], s
     """The network as it is written, where weights are decoded, and the precision in which it is to be computed ("": float32)."""
     lowered = network.fork().eval()
     drop_identities(lowered)
+    reshape_views(lowered)
     fold_batch_norm(lowered)
     fold_padding(lowered)
     precision = lower_halves(lowered)

@@ -122,6 +122,13 @@ def drop_identities(network: Network) -> None:
     network.recompile()
 
 
+def reshape_views(network: Network) -> None:
+    """A view asks for a layout in memory that other sizes, or another kernel before it, may not give; a reshape has the same values from any."""
+    for node in network.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default) and not is_written(node):
+            node.target = aten.reshape.default
+
+
 def fold_batch_norm(network: Network) -> int:
     """Fold every batch norm in evaluation that directly follows a convolution or linear layer into its weight and bias. Returns how many."""
     folded = 0
