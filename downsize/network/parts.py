@@ -36,7 +36,7 @@ class LazyModule(fx.GraphModule):
 
 # Names that the modules of the tree need for themselves.
 _OF_MODULES = frozenset(dir(torch.nn.Module()))
-_OF_THE_ROOT = frozenset(dir(LazyModule(torch.nn.Module(), fx.Graph())))
+_OF_THE_ROOT = frozenset(dir(LazyModule(torch.nn.Module(), fx.Graph()).written()))
 
 
 @dataclass(frozen=True)
