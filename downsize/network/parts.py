@@ -20,9 +20,9 @@ class LazyModule(fx.GraphModule):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Write the code, which takes this function's place, and call it."""
-        return self.written().forward(*inputs)
+        return self._coded().forward(*inputs)
 
-    def written(self) -> LazyModule:
+    def _coded(self) -> LazyModule:
         """Itself, with the code for its graph as it is now."""
         if type(self).forward is LazyModule.forward:
             super().recompile()
@@ -31,12 +31,12 @@ class LazyModule(fx.GraphModule):
     @property
     def code(self) -> str:
         """The Python code of the graph."""
-        return fx.GraphModule.code.fget(self.written())
+        return fx.GraphModule.code.fget(self._coded())
 
 
 # Names that the modules of the tree need for themselves.
 _OF_MODULES = frozenset(dir(torch.nn.Module()))
-_OF_THE_ROOT = frozenset(dir(LazyModule(torch.nn.Module(), fx.Graph()).written()))
+_OF_THE_ROOT = frozenset(dir(LazyModule(torch.nn.Module(), fx.Graph())._coded()))
 
 
 @dataclass(frozen=True)
