@@ -119,7 +119,7 @@ def test_attention(name, runtime, tmp_path):
 def test_a_view_of_what_attention_gives_is_written_whatever_its_layout(runtime, tmp_path):
     """With heads that are views of a layer's output, no copy is captured in front of the last view; the exporter's trace has another layout there."""
 
-    def attend(net: Net, x: Tensor) -> Tensor:
+    def attend(net, x: Tensor) -> Tensor:
         q, k, v = (net.layer(x).view(x.shape[0], 5, -1, 8).transpose(1, 2) for _ in range(3))
         return F.scaled_dot_product_attention(q, k, v).permute(0, 2, 1, 3).contiguous().view(x.shape[0], 5, 24)
 

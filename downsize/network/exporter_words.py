@@ -4,7 +4,8 @@ The exporter takes apart what it cannot say, and casts numbers to the type of th
 runs are left out where a few nodes, written another way, need neither.
 """
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false, reportOptionalMemberAccess=false
+# pyright: reportGeneralTypeIssues=false
 # (torch.fx types every argument as a union of everything)
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ class LazyModule(fx.GraphModule):
     @property
     def code(self) -> str:
         """The Python code of the graph."""
-        return fx.GraphModule.code.fget(self._coded())
+        self._coded()
+        return super().code
 
 
 # Names that the modules of the tree need for themselves.
