@@ -74,6 +74,11 @@ def test_a_layer_has_one_spelling():
     conv2d = torch.ops.aten.conv2d.default
     short = spelled(conv2d, ["x", "y"], {})
     assert short == spelled(conv2d, ["x", "y", None, [1, 1], [0, 0], [1, 1], 1], {}) == spelled(conv2d, ["x", "y"], {"groups": 1, "padding": [0, 0]})
+    assert (
+        spelled(conv2d, ["x", "y", None, [2, 2]], {})
+        == spelled(conv2d, ["x", "y"], {"stride": [2]})
+        == spelled(conv2d, ["x"], {"weight": "y", "stride": [2, 2]})
+    )
     others = [(["x", "y", None, [1, 1], [1, 0]], {}), (["x", "y"], {"groups": 2}), (["x", "y", None, [2, 2], [0, 0], [1, 1]], {})]
     assert len({short, *(spelled(conv2d, positions, keywords) for positions, keywords in others)}) == 4
 

@@ -1,4 +1,4 @@
-"""What is left out of torch's exporter, or done once, changes no file: its table of translations, stacks of calls, decompositions."""
+"""What is left out of torch's exporter, or done once, changes nothing that a file computes: its table of translations, stacks of calls, runs."""
 
 from __future__ import annotations
 
@@ -165,6 +165,7 @@ WORDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     "casts that change nothing": (lambda: Of(lambda x, _: x.to(torch.float32).sigmoid().to(torch.float32)), (0, 0)),
     "a sum of two types": (lambda: Of(lambda x, _: x + (x > 0).long() * 3), (0, 1)),
     "whole numbers divided": (lambda: Of(lambda x, _: x * ((x > 0).long() / 2)), (0, 1)),
+    "a copy that is written into": (lambda: Of(lambda x, _: x * (x * 2).to(torch.float32, copy=True).add_(1)), (1, 0)),
     "batch norm": (lambda: Of(lambda x, layer: torch.relu(layer(torch.sigmoid(x))), nn.BatchNorm2d(1)), (1, 0)),
 }
 

@@ -33,8 +33,11 @@ TRANSPOSED = {aten.conv_transpose1d.default: 1, aten.conv_transpose2d.input: 2, 
 def respell(graph: fx.Graph) -> None:
     """Write operators that the exporter cannot say as ones that it can, in place, where one node does; every node has its ``meta["val"]``.
 
-    Casts become copies or nothing, assertions go, ``unflatten`` is a reshape, ``chunk`` a split, a transposed convolution a convolution.
+    Casts become copies or nothing, assertions go, ``unflatten`` is a reshape, ``chunk`` a split, a transposed convolution a convolution. A program
+    that writes into tensors stays as it is: there, it counts which values share memory.
     """
+    if any(isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in graph.nodes):
+        return
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue

@@ -162,7 +162,7 @@ def _facts(network: Network) -> tuple[dict[fx.Node, tuple[Any, ...]], dict[fx.No
         if node.target in COUNTED:
             counts[node] = COUNTED[node.target](args, value)
 
-    _dry_walk(network, {}, at_example)
+    _fake_walk(network, {}, at_example)
     others: dict[fx.Node, tuple[int, ...]] = {}
 
     def elsewhere(node: fx.Node, args: tuple[Any, ...], value: Any) -> None:
@@ -174,13 +174,13 @@ def _facts(network: Network) -> tuple[dict[fx.Node, tuple[Any, ...]], dict[fx.No
     for sizes in ({dim: size + 1 if dim == "batch" else 2 * size for dim, size in symbols.items()}, {"batch": symbols.get("batch", 0) + 1}):
         others.clear()
         with contextlib.suppress(Exception):
-            _dry_walk(network, sizes, elsewhere)
+            _fake_walk(network, sizes, elsewhere)
             break
     return {node: (*form, others.get(node)) for node, form in forms.items()}, strides, counts
 
 
-def _dry_walk(network: Network, sizes: dict[str, int], see: Any) -> None:
-    """Walk on tensors without data, at the example's sizes but for the dimensions named."""
+def _fake_walk(network: Network, sizes: dict[str, int], see: Any) -> None:
+    """Walk on fake tensors, whose strides are those of a run, at the example's sizes but for the dimensions named."""
 
     def hook(node: fx.Node) -> Hook:
         return lambda args, value: see(node, args, value)

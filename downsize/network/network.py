@@ -15,7 +15,7 @@ from ..errors import ArtifactError
 from ..structure import Structure, as_call, looks_like_tensor, select, unflatten
 from . import file
 from .memory import drop_dead
-from .parts import LazyModule, Port, assign
+from .parts import Port, assign
 
 # Operators that behave differently in training: name -> position of their flag.
 TRAINING_FLAGS = {
@@ -144,7 +144,7 @@ class Network:
         graph.output(output)
         for old, new in mapping.items():
             new.meta = dict(old.meta)
-        return replace(self, graph_module=LazyModule(root, graph), origin=dict(self.origin), sparse=dict(self.sparse))
+        return replace(self, graph_module=fx.GraphModule(root, graph), origin=dict(self.origin), sparse=dict(self.sparse))
 
     def copy(self) -> Network:
         """A network that shares nothing with this one; a tensor with two names keeps both."""

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from onnxscript import ir
 from onnxscript import opset20 as op
-from torch import fx
 from torch.export import Dim, export
 
 from ..errors import ExportError
@@ -211,8 +210,6 @@ def _export(network: Network) -> torch.export.ExportedProgram:
     shapes = tuple({d: Dim.AUTO for d, dim in enumerate(port.dims) if isinstance(dim, str)} for port in network.ports)
     try:
         with torch.no_grad():
-            # Export reads the names of the inputs from the code.
-            fx.GraphModule.recompile(network.graph_module)
             return export(network.graph_module, tuple(examples), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise ExportError(_explain(error, network)) from error

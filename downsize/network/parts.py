@@ -1,43 +1,17 @@
-"""The parts of a Network: its inputs' description, the tree of modules that holds its tensors, and the module that runs its graph."""
+"""The parts of a Network that have no behaviour: its inputs' description, and the tree of modules that holds its tensors."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-
-class LazyModule(fx.GraphModule):
-    """A GraphModule that writes its code at the first call after an edit, not after every edit: most networks on the way are never called."""
-
-    def recompile(self) -> Any:
-        """Forget the code."""
-        type(self).forward = LazyModule.forward  # every GraphModule has a class of its own
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Write the code, which takes this function's place, and call it."""
-        return self._coded().forward(*inputs)
-
-    def _coded(self) -> LazyModule:
-        """Itself, with the code for its graph as it is now."""
-        if type(self).forward is LazyModule.forward:
-            super().recompile()
-        return self
-
-    @property
-    def code(self) -> str:
-        """The Python code of the graph."""
-        self._coded()
-        return super().code
-
-
 # Names that the modules of the tree need for themselves.
 _OF_MODULES = frozenset(dir(torch.nn.Module()))
-_OF_THE_ROOT = frozenset(dir(LazyModule(torch.nn.Module(), fx.Graph())._coded()))
+_OF_THE_ROOT = frozenset(dir(fx.GraphModule(torch.nn.Module(), fx.Graph())))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def choose(ladders: Sequence[Ladder], amount: Amount, scope: str) -> dict[str, l
     relative = [np.array(ladder.widths) / ladder.site.axis.units for ladder in ladders]
     choices = [Choice(ladder.site.axis.name, ladder.errors) for ladder in ladders]
     terms, most, step = amount.terms(relative), amount.most, NEAR / 4
-    best, dead, real = None, dict[str, list[int]](), 0.0
+    best, least, real = None, inf, 0.0
     for _ in range(ROUNDS):
         limits = [Limit(amount.name, most, terms)]
         try:
@@ -51,9 +52,10 @@ def choose(ladders: Sequence[Ladder], amount: Amount, scope: str) -> dict[str, l
         dead = {ladder.site.axis.name: ladder.dead(level) for ladder, level in zip(ladders, found.levels, strict=True) if level}
         real = amount.real(dead)
         if real <= amount.most:
-            best = dead
+            error = sum(ladder.errors[level] for ladder, level in zip(ladders, found.levels, strict=True))
+            best, least = (dead, error) if best is None or error < least else (best, least)
             if real >= amount.most * (1 - NEAR) or most >= amount.most:
-                return dead
+                break
         # The terms count a little too much or too little where units have different numbers of positions, or latency is interpolated: aim
         # beside the mark, and farther each time, because a few widths or microseconds are a coarse staircase.
         most *= amount.most / real

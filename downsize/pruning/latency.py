@@ -167,15 +167,24 @@ def _shape_of(node: fx.Node, values: Mapping[fx.Node, Any], constant: Container[
 
 
 def spelled(target: Any, positions: Sequence[Any], keywords: Mapping[str, Any]) -> str:
-    """The JSON of a call's arguments, without those that say what holds anyhow: however it is written, one layer is measured once.
+    """The JSON of a call's arguments in their order, without those behind the last that the defaults do not say: a layer has one name.
 
-    ``conv2d(x, w, None, [1, 1], [0, 0])`` is spelled as ``conv2d(x, w)``.
+    ``conv2d(x, w, None, [1, 1], [0, 0])`` is spelled as ``conv2d(x, w)``, ``conv2d(x, w, stride=[2])`` as ``conv2d(x, w, None, [2, 2])``.
     """
-    defaults = [argument.default_value if argument.has_default_value() else ... for argument in target._schema.arguments]
-    by_name = {argument.name: default for argument, default in zip(target._schema.arguments, defaults, strict=True)}
-    needed = max((place + 1 for place, value in enumerate(positions) if value != defaults[place]), default=0)
-    kept = {key: encode(value) for key, value in keywords.items() if value != by_name[key]}
-    return json.dumps([encode(tuple(positions[:needed])), kept])
+    given = {argument.name: value for argument, value in zip(target._schema.arguments, positions, strict=False)} | dict(keywords)
+    values: list[Any] = []
+    last, alone = 0, {}
+    for place, argument in enumerate(target._schema.arguments):
+        default = argument.default_value if argument.has_default_value() else ...
+        value = given.get(argument.name, default)
+        if isinstance(default, list) and isinstance(value, (list, tuple)) and len(value) == 1:
+            value = [*value] * len(default)
+        if argument.kwarg_only:
+            alone |= {argument.name: encode(value)} if value != default else {}
+            continue
+        values.append(value)
+        last = place + 1 if value != default else last
+    return json.dumps([encode(tuple(values[:last])), alone])
 
 
 def side_by_side(shapes: Sequence[LayerShape]) -> Network:
