@@ -150,8 +150,9 @@ WORDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     "unflatten the batch": (lambda: Of(lambda x, _: (x + x).transpose(0, 1).unflatten(1, (-1, 1)).squeeze(0)), (0, 0)),
     "pooled in one direction": (lambda: Of(lambda x, _: torch.adaptive_avg_pool1d(x[:, 0], 1)), (0, 0)),
     "chunks": (lambda: Of(lambda x, _: torch.cat(x.chunk(3, 2)[::-1], 2)), (0, 0)),
-    "chunks of the batch": (lambda: Of(lambda x, _: torch.cat([part.sum(1) for part in x.chunk(2, 3)])), (0, 0)),
-    "transposed": (lambda: nn.ConvTranspose2d(1, 4, 3, 2, 1, 1), (0, 0)),
+    "chunks of the first dimension": (lambda: Of(lambda x, _: torch.cat(x.transpose(0, 2).chunk(2)[::-1]).transpose(0, 2)), (0, 0)),
+    "chunks of one dimension less": (lambda: Of(lambda x, _: torch.cat([part.sum(1) for part in x.chunk(2, 3)])), (0, 0)),
+    "transposed": (lambda: nn.ConvTranspose2d(1, 4, 3, 2, (1, 0), (0, 1)), (0, 0)),
     "transposed, groups": (
         lambda: nn.Sequential(nn.Conv2d(1, 4, 1), nn.ConvTranspose2d(4, 6, (3, 2), bias=False, groups=2, dilation=(1, 2))),
         (0, 0),
@@ -165,7 +166,7 @@ WORDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     "casts that change nothing": (lambda: Of(lambda x, _: x.to(torch.float32).sigmoid().to(torch.float32)), (0, 0)),
     "a sum of two types": (lambda: Of(lambda x, _: x + (x > 0).long() * 3), (0, 1)),
     "whole numbers divided": (lambda: Of(lambda x, _: x * ((x > 0).long() / 2)), (0, 1)),
-    "a copy that is written into": (lambda: Of(lambda x, _: x * (x * 2).to(torch.float32, copy=True).add_(1)), (1, 0)),
+    "a copy that is written into": (lambda: Of(lambda x, _: x * x.to(torch.float32, copy=True).add_(1)), (1, 0)),
     "batch norm": (lambda: Of(lambda x, layer: torch.relu(layer(torch.sigmoid(x))), nn.BatchNorm2d(1)), (1, 0)),
 }
 

@@ -1,4 +1,4 @@
-"""A walk over a graph on tensors without data: what shapes, types and layouts its values have."""
+"""A walk over a graph on tensors without data: what shapes and types its values have."""
 
 from __future__ import annotations
 

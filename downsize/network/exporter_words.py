@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .dry import TRANSPOSED
 from .rewrite import aten
 
 TO = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other}
@@ -27,7 +28,6 @@ SAME = {
     aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
 }
 ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
-TRANSPOSED = {aten.conv_transpose1d.default: 1, aten.conv_transpose2d.input: 2, aten.conv_transpose3d.input: 3}
 
 
 def respell(graph: fx.Graph) -> None:
